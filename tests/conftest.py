@@ -1,0 +1,36 @@
+"""Fixtures that all tests share: where the reference's recorded results lie, and how many threads PyTorch takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """Keep PyTorch on one thread: tests run side by side, and sums keep one order."""
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder of shared material: the environment variable TXL_SHARED_DIR, or ../shared beside the repository; else skip."""
+    folder = Path(os.environ.get("TXL_SHARED_DIR") or Path(__file__).resolve().parents[1].parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared material: no folder {folder} (set TXL_SHARED_DIR)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference_cases(shared_dir: Path) -> Path:
+    """Folder of checkpoints, texts and results that NVIDIA's own code computed; else skip."""
+    folder = shared_dir / "reference-cases"
+    if not folder.is_dir():
+        pytest.skip(f"needs the reference's recorded results: no folder {folder}")
+    return folder

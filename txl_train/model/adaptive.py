@@ -1,0 +1,193 @@
+"""Adaptive embedding and adaptive softmax (Baevski & Auli 2019; Grave et al. 2017), with the projections of Transformer-XL.
+
+The vocabulary is sorted by frequency and cut at `cutoffs` into a shortlist and tail clusters. The head of the softmax has one
+column per shortlist word and one per tail cluster; a tail word's probability is its cluster's times its own within the
+cluster. Tail cluster i (from 1) has head column shortlist + i - 1.
+
+Weights are kept in tables: one for all clusters where `div_val` is 1, otherwise one per cluster, each `div_val` times narrower
+than the one before. Without `cutoffs` this is a plain embedding and a plain softmax.
+"""
+
+# Shape suffixes: N tokens, R tokens of one tail cluster, D d_model, V vocabulary, C tail clusters, W width of a table
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from txl_train.config import ModelConfig
+
+
+def table_ends(config: ModelConfig) -> tuple[int, ...]:
+    """Ids where each table of weights begins and the last one ends."""
+    return (0, config.vocab_size) if config.div_val == 1 else config.cluster_ends
+
+
+def has_projections(config: ModelConfig) -> bool:
+    """True if embeddings and hidden states have to be projected onto each other."""
+    return config.div_val > 1 or config.embed_size != config.d_model
+
+
+def cluster_rows(target_ids_N: Tensor, cluster_ends: list[int]) -> list[Tensor]:
+    """For each tail cluster, the positions (int64 [R]) of the targets that lie in it; R may be 0.
+
+    The one step of the loss whose result has a size that depends on data, kept apart so that graphs can take it as input.
+    """
+    rows: list[Tensor] = []
+    for low, high in zip(cluster_ends[1:-1], cluster_ends[2:]):
+        rows.append(torch.nonzero((target_ids_N >= low) & (target_ids_N < high)).squeeze(1))
+    return rows
+
+
+class AdaptiveEmbedding(nn.Module):
+    """Token ids to vectors of size d_model, scaled by sqrt(d_model)."""
+
+    def __init__(self, config: ModelConfig, weights: list[nn.Parameter] | None = None, ends: tuple[int, ...] | None = None) -> None:
+        """Make new tables, or, given `weights` cut at `ends`, share them."""
+        super().__init__()
+        self.ends = list(table_ends(config) if ends is None else ends)
+        self.scale = config.d_model**0.5
+        self.has_projections = has_projections(config)
+        self.one_width = config.div_val == 1
+        widths = config.cluster_widths
+        if weights is None:
+            sizes = [high - low for low, high in zip(self.ends, self.ends[1:])]
+            weights = [nn.Parameter(torch.empty(size, width)) for size, width in zip(sizes, widths)]
+        self.weights = nn.ParameterList(weights)
+        projected = widths[:1] if self.one_width else widths
+        self.projections = nn.ParameterList(
+            [nn.Parameter(torch.empty(config.d_model, width)) for width in projected] if self.has_projections else []
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., D]. Each table is read at every token, clamped, and the right one is chosen: no data-dependent shapes."""
+        tables: list[Tensor] = []  # TorchScript knows no len() or [i] of parameters
+        for table in self.weights:
+            tables.append(table)
+        projections: list[Tensor] = []
+        for projection in self.projections:
+            projections.append(projection)
+        x: Tensor = self._read(tables, projections, 0, input_ids)
+        for i in range(1, len(tables)):
+            x = torch.where((input_ids >= self.ends[i]).unsqueeze(-1), self._read(tables, projections, i, input_ids), x)
+        if self.has_projections and self.one_width:
+            x = F.linear(x, projections[0])
+        return x.mul(self.scale)
+
+    def _read(self, tables: list[Tensor], projections: list[Tensor], i: int, input_ids: Tensor) -> Tensor:
+        low, high = self.ends[i], self.ends[i + 1]
+        local_ids = input_ids if len(tables) == 1 else (input_ids - low).clamp(0, high - low - 1)
+        x = F.embedding(local_ids, tables[i])
+        return x if self.one_width else F.linear(x, projections[i])
+
+    def cut(self, config: ModelConfig) -> AdaptiveEmbedding:
+        """Return the same embedding with one table per cluster (views of this one's), as graphs need them."""
+        twin = AdaptiveEmbedding(config, weights=cut_tables(list(self.weights), self.ends, config.cluster_ends), ends=config.cluster_ends)
+        twin.projections = self.projections
+        return twin
+
+
+class AdaptiveLogSoftmax(nn.Module):
+    """Negative log-likelihood of given targets, and the full distribution, from hidden states."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: list[nn.Parameter],
+        biases: list[nn.Parameter],
+        projections: list[nn.Parameter],
+        ends: tuple[int, ...] | None = None,
+    ) -> None:
+        """`weights` and `biases` are cut at `ends`; `projections` has one [D, W] per cluster, or none at all."""
+        super().__init__()
+        self.table_ends = list(table_ends(config) if ends is None else ends)
+        self.cluster_ends = list(config.cluster_ends)
+        self.n_cluster = config.n_cluster
+        self.has_projections = len(projections) > 0
+        self.weights = nn.ParameterList(weights)
+        self.biases = nn.ParameterList(biases)
+        self.projections = nn.ParameterList(projections)
+        self.cluster_weight = nn.Parameter(torch.zeros(config.n_cluster, config.embed_size))
+        self.cluster_bias = nn.Parameter(torch.zeros(config.n_cluster))
+
+    def logits(self, hidden_ND: Tensor, cluster: int) -> Tensor:
+        """Unnormalised scores [N, V_cluster] within a cluster; cluster 0 is the shortlist, without the columns of the tails."""
+        weights: list[Tensor] = []  # TorchScript knows no len() or [i] of parameters
+        for table in self.weights:
+            weights.append(table)
+        biases: list[Tensor] = []
+        for bias in self.biases:
+            biases.append(bias)
+        if len(weights) > 1 or self.n_cluster == 0:
+            return F.linear(self.project(hidden_ND, cluster), weights[cluster], biases[cluster]).float()
+        low, high = self.cluster_ends[cluster], self.cluster_ends[cluster + 1]
+        return F.linear(self.project(hidden_ND, cluster), weights[0][low:high], biases[0][low:high]).float()
+
+    def project(self, hidden_ND: Tensor, cluster: int) -> Tensor:
+        """[N, D] -> [N, W]: the size of the cluster's embeddings."""
+        if not self.has_projections:
+            return hidden_ND
+        projections: list[Tensor] = []
+        for projection in self.projections:
+            projections.append(projection)
+        return torch.matmul(hidden_ND, projections[cluster])
+
+    def cluster_logits(self, hidden_ND: Tensor) -> Tensor:
+        """Scores [N, C] of the tail clusters themselves, beside those of the shortlist."""
+        return F.linear(self.project(hidden_ND, 0), self.cluster_weight, self.cluster_bias).float()
+
+    def forward(self, hidden_ND: Tensor, target_ids_N: Tensor, rows: list[Tensor]) -> Tensor:
+        """Return −log p(target), nats, float32 [N], in token order.
+
+        `rows` is what `cluster_rows` returns. A graph that cannot hold an empty tensor may pad a cluster's rows with the value N.
+        """
+        shortlist = self.cluster_ends[1]
+        logits_NV = self.logits(hidden_ND, 0)
+        chosen_N = torch.gather(logits_NV, 1, target_ids_N.clamp(max=shortlist - 1)[:, None]).squeeze(1)
+        normaliser_N = torch.logsumexp(logits_NV, dim=1)
+        if self.n_cluster == 0:
+            return normaliser_N - chosen_N
+        clusters_NC = self.cluster_logits(hidden_ND)
+        normaliser_N = torch.logaddexp(normaliser_N, torch.logsumexp(clusters_NC, dim=1))
+        cluster_N = torch.zeros_like(target_ids_N)
+        for low in self.cluster_ends[2:-1]:
+            cluster_N = cluster_N + (target_ids_N >= low).to(target_ids_N.dtype)
+        of_cluster_N = torch.gather(clusters_NC, 1, cluster_N[:, None]).squeeze(1)
+        nll_N = normaliser_N - torch.where(target_ids_N < shortlist, chosen_N, of_cluster_N)
+
+        last = hidden_ND.shape[0] - 1
+        nll_N1 = F.pad(nll_N, [0, 1])  # the extra place takes what padded rows write
+        for i, rows_R in enumerate(rows):
+            low, high = self.cluster_ends[i + 1], self.cluster_ends[i + 2]
+            tokens_R = rows_R.clamp(max=last)
+            logits_RV = self.logits(hidden_ND.index_select(0, tokens_R), i + 1)
+            targets_R = (target_ids_N.index_select(0, tokens_R) - low).clamp(0, high - low - 1)
+            within_R = torch.logsumexp(logits_RV, dim=1) - torch.gather(logits_RV, 1, targets_R[:, None]).squeeze(1)
+            nll_N1 = nll_N1.scatter(0, rows_R, nll_N.index_select(0, tokens_R) + within_R)
+        return nll_N1[:-1]
+
+    def log_probs(self, hidden_ND: Tensor) -> Tensor:
+        """Return log p of every word, nats, float32 [N, V]."""
+        head_N = torch.cat([self.logits(hidden_ND, 0), self.cluster_logits(hidden_ND)], dim=1).log_softmax(dim=1)
+        shortlist = self.cluster_ends[1]
+        parts = [head_N[:, :shortlist]]
+        for i in range(1, self.n_cluster + 1):
+            parts.append(head_N[:, shortlist + i - 1, None] + self.logits(hidden_ND, i).log_softmax(dim=1))
+        return torch.cat(parts, dim=1)
+
+    def cut(self, config: ModelConfig, embedding: AdaptiveEmbedding | None) -> AdaptiveLogSoftmax:
+        """Return the same softmax with one table per cluster; where tied, the tables are those of the cut `embedding`."""
+        weights = list(embedding.weights) if embedding is not None else cut_tables(list(self.weights), self.table_ends, config.cluster_ends)
+        biases = cut_tables(list(self.biases), self.table_ends, config.cluster_ends)
+        twin = AdaptiveLogSoftmax(config, weights, biases, list(self.projections), ends=config.cluster_ends)
+        twin.cluster_weight, twin.cluster_bias = self.cluster_weight, self.cluster_bias
+        return twin
+
+
+def cut_tables(tables: list[nn.Parameter], table_ends: list[int], cluster_ends: tuple[int, ...]) -> list[nn.Parameter]:
+    """Cut one table of all words into one per cluster (views, sharing memory); tables already cut are returned as they are."""
+    if len(tables) == len(cluster_ends) - 1:
+        return tables
+    (table,) = tables
+    return [nn.Parameter(table.detach()[low:high], requires_grad=False) for low, high in zip(cluster_ends, cluster_ends[1:])]

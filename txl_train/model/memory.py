@@ -1,0 +1,59 @@
+"""What the model remembers from one segment to the next: fixed-size tensors and how much of them is filled.
+
+Two kinds over the same weights:
+
+* **hidden** (training; what the paper caches): the input of each layer, [B, M, D] per layer;
+* **kv** (inference): the keys and values projected from those inputs, two [B, H, M, E] per layer. They depend on
+  the weights alone, so keeping them gives the same result without projecting M positions again for each segment.
+
+The newest position is last. `length_B` says how many of the last positions of each stream are filled: 0 is a cold start,
+which equals the reference's memory of zero length exactly, because positions beyond the length are masked out.
+"""
+
+# Shape suffixes: B batch, M mem_len, D d_model, H heads, E d_head
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from txl_train.config import ModelConfig
+
+MemoryKind = Literal["hidden", "kv"]
+
+
+class Memory(NamedTuple):
+    """The states of all layers, in order, and the valid length of each stream."""
+
+    states: list[Tensor]
+    """hidden: n_layer tensors [B, M, D]; kv: key and value of layer 0, of layer 1, … [B, H, M, E] each."""
+    length_B: Tensor
+    """int64 [B], 0..mem_len: positions filled."""
+
+
+def state_shape(config: ModelConfig, kind: MemoryKind, batch_size: int) -> tuple[int, ...]:
+    """Shape of each tensor of `Memory.states`."""
+    if kind == "hidden":
+        return (batch_size, config.mem_len, config.d_model)
+    return (batch_size, config.n_head, config.mem_len, config.d_head)
+
+
+def state_count(config: ModelConfig, kind: MemoryKind) -> int:
+    """Number of tensors in `Memory.states`."""
+    return config.n_layer if kind == "hidden" else 2 * config.n_layer
+
+
+def empty_memory(
+    config: ModelConfig,
+    kind: MemoryKind,
+    batch_size: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Memory:
+    """Return the memory of `batch_size` streams at a cold start."""
+    shape = state_shape(config, kind, batch_size)
+    states = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(state_count(config, kind))]
+    return Memory(states, torch.zeros(batch_size, dtype=torch.int64, device=device))
