@@ -1,0 +1,42 @@
+"""A small checkpoint with its corpus and its exports, made once: exporting takes seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support import small_config, write_checkpoint, write_corpus
+from txl_deploy.export.artifact import ExportRequest, export_artifact
+
+TGT_LEN = 5
+
+
+@dataclass(frozen=True)
+class Exports:
+    """Paths of a checkpoint and of what was exported from it. Tests that change something copy it first."""
+
+    checkpoint: Path
+    data: Path
+    onnx: Path
+    torchscript: Path
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Return an adaptive model with K/V memory, exported to ONNX and TorchScript."""
+    folder = tmp_path_factory.mktemp("exports")
+    config = small_config(cutoffs=(5, 9, 16), div_val=2)
+    data = write_corpus(folder / "data", config.vocab_size)
+    checkpoint = folder / "checkpoint_best.pt"
+    write_checkpoint(checkpoint, config, data=data, tgt_len=TGT_LEN)
+    for format_name in ("onnx", "torchscript"):
+        export_artifact(ExportRequest(checkpoint=checkpoint, out=folder / format_name, format=format_name))
+    return Exports(checkpoint, data, folder / "onnx", folder / "torchscript")
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep token caches out of the home folder."""
+    monkeypatch.setenv("TXL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,0 +1,139 @@
+"""Every runtime keeps the promises of the protocol, and computes what eager PyTorch computes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.deploy.conftest import TGT_LEN, Exports
+from tests.support import random_ids
+from txl_deploy.runtimes.base import Runtime, ShapeRangeError
+from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact, resolve_device
+from txl_deploy.session import Session
+from txl_train.errors import ArtifactError, EnvironmentUnfitError, ManifestError
+from txl_train.model.memory import Memory
+
+NAMES = ["pytorch", "torchscript", "onnx"]
+
+
+def open_named(exports: Exports, name: str) -> Runtime:
+    if name == "pytorch":
+        return eager_from_checkpoint(exports.checkpoint)[0]
+    return open_artifact(getattr(exports, name))
+
+
+def segments_of(runtime: Runtime, batch_size: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ids = torch.from_numpy(random_ids(runtime.info.config, batch_size, count * TGT_LEN + 1))
+    return [(ids[:, i : i + TGT_LEN].contiguous(), ids[:, i + 1 : i + TGT_LEN + 1].contiguous()) for i in range(0, count * TGT_LEN, TGT_LEN)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_runtime_says_what_it_is(exports: Exports, name: str) -> None:
+    info = open_named(exports, name).info
+    assert (info.name, info.dtype, info.memory, info.tgt_len, info.mem_len, info.device) == (name, "fp32", "kv", TGT_LEN, 7, "cpu")
+    assert info.provider == {"pytorch": "eager", "torchscript": "torchscript", "onnx": "CPUExecutionProvider"}[name]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("name", ["torchscript", "onnx"])
+def test_every_token_equals_eager_at_any_batch_size(exports: Exports, name: str, batch_size: int) -> None:
+    ours, theirs = Session(open_named(exports, "pytorch"), batch_size), Session(open_named(exports, name), batch_size)
+    for input_ids, target_ids in segments_of(ours.runtime, batch_size, 5):
+        torch.testing.assert_close(theirs.step(input_ids, target_ids), ours.step(input_ids, target_ids), atol=1e-5, rtol=1e-5)
+        assert torch.equal(ours.memory.length_B, theirs.memory.length_B)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_targets_of_a_single_cluster_leave_the_others_empty(exports: Exports, name: str) -> None:
+    runtime, eager = open_named(exports, name), open_named(exports, "pytorch")
+    for target in (0, 5, 9, 16, 22):
+        ids = torch.full((2, TGT_LEN), target)
+        expected = eager.step(ids, ids, eager.initial_memory(2)).nll_BT
+        torch.testing.assert_close(runtime.step(ids, ids, runtime.initial_memory(2)).nll_BT, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stale_contents_beyond_the_valid_length_do_not_matter(exports: Exports, name: str) -> None:
+    runtime = open_named(exports, name)
+    (input_ids, target_ids) = segments_of(runtime, 2, 1)[0]
+    cold = runtime.step(input_ids, target_ids, runtime.initial_memory(2)).nll_BT.clone()
+    empty = runtime.initial_memory(2)
+    dirty = Memory([torch.full_like(state, 50.0) for state in empty.states], empty.length_B)
+    assert torch.equal(runtime.step(input_ids, target_ids, dirty).nll_BT, cold)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_memory_that_was_cloned_can_be_used_again(exports: Exports, name: str) -> None:
+    runtime = open_named(exports, name)
+    segments = segments_of(runtime, 2, 4)
+    memory = runtime.step(*segments[0], runtime.initial_memory(2)).memory
+    kept = Memory([state.clone() for state in memory.states], memory.length_B.clone())
+    first = runtime.step(*segments[1], memory).nll_BT.clone()
+    runtime.step(*segments[2], kept)
+    assert torch.equal(runtime.step(*segments[1], kept).nll_BT, first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_does_not_overwrite_the_memory_it_reads(exports: Exports, name: str) -> None:
+    runtime = open_named(exports, name)
+    memory = runtime.initial_memory(3)
+    for input_ids, target_ids in segments_of(runtime, 3, 5):
+        before = [state.clone() for state in memory.states]
+        output = runtime.step(input_ids, target_ids, memory)
+        assert all(torch.equal(a, b) for a, b in zip(before, memory.states))
+        memory = output.memory
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_segments_of_another_length_name_the_export_command(exports: Exports, name: str) -> None:
+    runtime = open_named(exports, name)
+    ids = torch.zeros((2, TGT_LEN + 1), dtype=torch.int64)
+    with pytest.raises(ShapeRangeError, match=rf"(?s)input_ids.*\[batch_size, {TGT_LEN}\].*--tgt-len {TGT_LEN + 1}") as caught:
+        runtime.step(ids, ids, runtime.initial_memory(2))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_memory_of_another_batch_size_is_refused(exports: Exports, name: str) -> None:
+    runtime = open_named(exports, name)
+    ids = torch.zeros((2, TGT_LEN), dtype=torch.int64)
+    with pytest.raises(ShapeRangeError, match="memory is of 3 streams"):
+        runtime.step(ids, ids, runtime.initial_memory(3))
+
+
+@pytest.mark.parametrize("name", ["torchscript", "onnx"])
+def test_a_changed_byte_is_found_before_anything_is_loaded(exports: Exports, name: str, tmp_path: Path) -> None:
+    copy = tmp_path / name
+    shutil.copytree(getattr(exports, name), copy)
+    graph = next(copy.glob("model.*"))
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(ManifestError, match="was changed"):
+        open_artifact(copy)
+
+
+@pytest.mark.parametrize("name", ["torchscript", "onnx"])
+def test_a_truncated_graph_behind_a_matching_manifest_is_one_clear_error(exports: Exports, name: str, tmp_path: Path) -> None:
+    from txl_deploy.manifest import read_manifest, write_manifest
+
+    copy = tmp_path / name
+    shutil.copytree(getattr(exports, name), copy)
+    graph = next(copy.glob("model.*"))
+    graph.write_bytes(graph.read_bytes()[:2000])
+    manifest = read_manifest(copy)
+    write_manifest(copy, manifest, manifest.files)
+    with pytest.raises(ArtifactError, match="cannot load"):
+        open_artifact(copy)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_asked_for_and_absent_is_an_unfit_environment(exports: Exports) -> None:
+    with pytest.raises(EnvironmentUnfitError, match="--device cpu") as caught:
+        resolve_device("cuda")
+    assert caught.value.exit_code == 3
+    with pytest.raises(EnvironmentUnfitError):
+        open_artifact(exports.onnx, device="cuda")

@@ -1,0 +1,139 @@
+"""Parity passes for a faithful export and fails for every way in which one was ever wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from tests.deploy.conftest import TGT_LEN, Exports
+from tests.support import build_model, small_config
+from txl_deploy.parity.rollout import compare, default_segments, random_segments, receptive_field_segments, streams_to_reset
+from txl_deploy.runtimes.base import Runtime
+from txl_deploy.runtimes.eager import EagerRuntime
+from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact
+from txl_train.config import ModelConfig
+from txl_train.errors import UsageError
+from txl_train.evaluate import StepOutput
+from txl_train.model.memory import Memory
+from txl_train.model.transformer_xl import TransformerXL
+
+CONFIG = small_config(cutoffs=(5, 9, 16), div_val=2)
+
+
+class Mutated:
+    """A faithful runtime whose memory or nll is changed on the way."""
+
+    def __init__(self, inner: Runtime, on_memory: Callable[[Memory], Memory], on_nll: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.inner, self.on_memory, self.on_nll = inner, on_memory, on_nll
+        self.info = inner.info
+        self.initial_memory = inner.initial_memory
+
+    def step(self, input_ids_BT: torch.Tensor, target_ids_BT: torch.Tensor, memory: Memory) -> StepOutput:
+        output = self.inner.step(input_ids_BT, target_ids_BT, self.on_memory(memory))
+        return StepOutput(self.on_nll(output.nll_BT), output.memory)
+
+    def synchronize(self) -> None:
+        self.inner.synchronize()
+
+
+def eager(config: ModelConfig = CONFIG, model: TransformerXL | None = None) -> EagerRuntime:
+    return EagerRuntime(build_model(CONFIG) if model is None else model, tgt_len=TGT_LEN, config=config)
+
+
+def with_swapped_layers() -> TransformerXL:
+    model = build_model(CONFIG)
+    parameters = model.parameters_by_name()
+    swapped = {name.replace("layers.0.", "layers.x.").replace("layers.1.", "layers.0.").replace("layers.x.", "layers.1."): value.clone() for name, value in parameters.items()}
+    model.load_parameters(swapped)
+    return model
+
+
+def with_clusters_reversed() -> TransformerXL:
+    model = build_model(CONFIG)
+    parameters = {name: value.clone() for name, value in model.parameters_by_name().items()}
+    for name in ("head.cluster_weight", "head.cluster_bias"):
+        parameters[name] = parameters[name].flip(0)
+    model.load_parameters(parameters)
+    return model
+
+
+def same(value: Memory) -> Memory:
+    return value
+
+
+MUTATIONS: dict[str, Callable[[], Runtime]] = {
+    "zero memory instead of an empty one": lambda: Mutated(eager(), lambda m: Memory(m.states, torch.full_like(m.length_B, 7)), torch.clone),
+    "memory shifted by one": lambda: Mutated(eager(), lambda m: Memory([s.roll(1, dims=2) for s in m.states], m.length_B), torch.clone),
+    "stale memory": lambda: Mutated(eager(), lambda m: Memory([torch.zeros_like(s) for s in m.states], m.length_B), torch.clone),
+    "memory of another stream": lambda: Mutated(eager(), lambda m: Memory([s.roll(1, dims=0) for s in m.states], m.length_B), torch.clone),
+    "layers swapped": lambda: eager(model=with_swapped_layers()),
+    "cluster order reversed": lambda: eager(model=with_clusters_reversed()),
+    "one token off by a thousandth": lambda: Mutated(eager(), same, lambda nll: nll + torch.nn.functional.pad(torch.tensor([[1e-3]]), (2, 2, 1, 1))),
+    "a constant drift below the bound of a token": lambda: Mutated(eager(), same, lambda nll: nll + 3e-5),
+    "not a number": lambda: Mutated(eager(), same, lambda nll: nll * math.nan),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_known_mistake_fails(name: str) -> None:
+    result = compare(eager(), MUTATIONS[name](), random_segments(CONFIG, tgt_len=TGT_LEN))
+    assert not result.passed
+    assert result.reason
+
+
+def test_the_same_weights_pass() -> None:
+    result = compare(eager(), eager(), random_segments(CONFIG, tgt_len=TGT_LEN))
+    assert result.passed
+    assert result.max_abs_delta_nll == 0.0
+    assert result.perplexity_candidate == result.perplexity_reference
+
+
+@pytest.mark.parametrize("name", ["onnx", "torchscript"])
+def test_an_export_passes_over_twice_the_receptive_field_with_streams_reset_at_different_times(exports: Exports, name: str) -> None:
+    reference, _ = eager_from_checkpoint(exports.checkpoint)
+    candidate = open_artifact(getattr(exports, name))
+    count = default_segments(CONFIG, TGT_LEN)
+    result = compare(reference, candidate, random_segments(CONFIG, tgt_len=TGT_LEN, n_segments=count))
+    assert result.passed, result.reason
+    assert result.n_segments == count >= 2 * result.receptive_field_segments
+    assert sorted(b for part in result.segments for b in part.reset_streams) == [1, 2]
+    assert result.perplexity_candidate == pytest.approx(result.perplexity_reference, rel=1e-5)
+
+
+def test_hidden_memory_and_kv_memory_are_compared_by_what_they_predict() -> None:
+    model = build_model(CONFIG)
+    hidden = EagerRuntime(model, tgt_len=TGT_LEN, memory="hidden")
+    assert compare(hidden, eager(model=model), random_segments(CONFIG, tgt_len=TGT_LEN)).passed
+
+
+def test_other_lengths_are_not_compared() -> None:
+    other = EagerRuntime(build_model(small_config(cutoffs=(5, 9, 16), div_val=2, clamp_len=3)), tgt_len=TGT_LEN)
+    with pytest.raises(UsageError, match="clamp_len None and 3"):
+        compare(eager(), other, random_segments(CONFIG, tgt_len=TGT_LEN))
+
+
+def test_the_receptive_field_grows_with_layers_and_memory() -> None:
+    assert receptive_field_segments(CONFIG, TGT_LEN) == math.ceil(2 * 7 / 5)
+    assert receptive_field_segments(small_config(mem_len=0), TGT_LEN) == 0
+    assert default_segments(small_config(mem_len=0), TGT_LEN) == 4
+
+
+@pytest.mark.parametrize("n_segments", [4, 6, 40])
+def test_every_stream_but_the_first_is_reset_once_and_not_all_at_once(n_segments: int) -> None:
+    resets = [streams_to_reset(i, 3, n_segments) for i in range(n_segments)]
+    assert sorted(b for at in resets for b in at) == [1, 2]
+    if n_segments >= 6:
+        assert max(len(at) for at in resets) == 1
+
+
+def test_random_segments_are_consecutive_and_meet_every_cluster() -> None:
+    segments = random_segments(CONFIG, tgt_len=TGT_LEN)
+    for before, after in zip(segments, segments[1:]):
+        np.testing.assert_array_equal(before.target_ids_BT[:, -1], after.input_ids_BT[:, 0])
+    seen = np.concatenate([segment.target_ids_BT.ravel() for segment in segments])
+    for low, high in zip(CONFIG.cluster_ends, CONFIG.cluster_ends[1:]):
+        assert ((seen >= low) & (seen < high)).any()

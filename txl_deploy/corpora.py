@@ -1,0 +1,61 @@
+"""Which text a checkpoint or an artifact is to be scored on: finds its folder, and reads it with the model's own vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from txl_train.data.corpus import Corpus, default_cache_dir, encode_text, load_corpus
+from txl_train.data.datasets import get_dataset
+from txl_train.data.tokenizers import tokenize_raw
+from txl_train.data.vocabulary import Vocabulary
+from txl_train.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class ModelData:
+    """What a model knows of its data: kept in checkpoints and in artifacts alike."""
+
+    dataset: str
+    vocabulary: Vocabulary
+    folder: str | None
+    """Where its text was when it was trained."""
+
+
+def open_corpus(model_data: ModelData, *, dataset: str | None, data: Path | None) -> Corpus:
+    """Return the corpus in `data` (default: where training had it), encoded with the model's vocabulary.
+
+    Raises:
+        UsageError: no folder is given and none is recorded, or the recorded one is gone.
+        DataError: the folder is not what its data set promises.
+    """
+    if data is None and model_data.folder is None:
+        raise UsageError("It is not recorded which text the model was trained on.", remedy="Give its folder with `--data DIR`.")
+    folder = Path(model_data.folder or "") if data is None else data
+    if data is None and not folder.is_dir():
+        raise UsageError(f"The text the model was trained on is no longer in {folder}.", remedy="Give a folder with `--data DIR`.")
+    spec = get_dataset(dataset or model_data.dataset)
+    return load_corpus(folder, spec, cache_dir=default_cache_dir(), vocabulary=model_data.vocabulary)
+
+
+def encode_manual(model_data: ModelData, texts: Sequence[str], *, dataset: str | None) -> np.ndarray:
+    """Tokenise raw text the way the data set was built, and return its ids (int64).
+
+    Raises:
+        DataError: fewer than two tokens, so that none has a predecessor to be predicted from.
+    """
+    spec = get_dataset(dataset or model_data.dataset)
+    tokens = tokenize_raw(" ".join(texts), spec.name)
+    ids: np.ndarray = encode_text([" ".join(tokens)], spec, model_data.vocabulary).astype(np.int64)
+    if len(ids) < 2:
+        raise DataError("The text has fewer than two tokens, so there is nothing to predict.", remedy="Give more text to `--manual`.")
+    return ids
+
+
+def with_folder(model_data: ModelData, folder: str | None) -> ModelData:
+    """Return the same with another folder."""
+    return dataclasses.replace(model_data, folder=folder)

@@ -1,0 +1,1 @@
+"""From a checkpoint to an artifact: a folder with a graph, its vocabulary and a manifest."""

@@ -1,0 +1,165 @@
+"""Writes one artifact: the graph in the asked format, the vocabulary, the manifest; all of it or nothing.
+
+Everything is made in a folder beside the target, which takes the target's name only after the artifact's own runtime has been
+compared with the checkpoint, so that a failed export never leaves anything under the good name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import txl_train
+from txl_deploy import manifest as manifests
+from txl_deploy.export.onnx import export_onnx
+from txl_deploy.export.torchscript import export_torchscript
+from txl_deploy.manifest import Manifest
+from txl_deploy.parity.rollout import ParityResult, compare, random_segments
+from txl_deploy.runtimes.eager import EagerRuntime
+from txl_deploy.runtimes.registry import open_artifact
+from txl_deploy.signature import TensorSpec, step_signature
+from txl_train.checkpoint import file_sha256, load_model
+from txl_train.config import to_dict
+from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError
+from txl_train.model.inference import InferenceStep, with_lengths
+from txl_train.model.memory import MemoryKind
+
+Format = Literal["onnx", "torchscript"]
+VOCABULARY_FILE = "vocabulary.json"
+_PACKAGES = {"onnx": ("torch", "onnx", "onnxscript"), "torchscript": ("torch",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What to export, and for which lengths; None keeps the checkpoint's own."""
+
+    checkpoint: Path
+    out: Path
+    format: Format
+    memory: MemoryKind = "kv"
+    tgt_len: int | None = None
+    mem_len: int | None = None
+    clamp_len: int | None = None
+    same_length: bool | None = None
+    overwrite: bool = False
+    command: str = "txl export"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it compared with the checkpoint (None where its runtime is not installed here)."""
+
+    directory: Path
+    manifest: Manifest
+    parity: ParityResult | None
+
+
+def export_artifact(request: ExportRequest) -> Exported:
+    """Export a checkpoint.
+
+    Raises:
+        UsageError: the target exists.
+        ValidationError: the exported graph is invalid, or computes something else than the checkpoint.
+    """
+    check_target(request.out, overwrite=request.overwrite)
+    model, checkpoint = load_model(request.checkpoint)
+    model.eval()
+    config = with_lengths(model.config, mem_len=request.mem_len, clamp_len=request.clamp_len, same_length=request.same_length)
+    tgt_len = checkpoint.eval_tgt_len if request.tgt_len is None else request.tgt_len
+    step = InferenceStep(model, tgt_len, request.memory, config)
+    source_sha256 = file_sha256(request.checkpoint)
+    signature = step_signature(config, tgt_len=tgt_len, memory=request.memory)
+    with _folder_beside(request.out, overwrite=request.overwrite) as directory:
+        if request.format == "onnx":
+            metadata = {
+                "checkpoint_sha256": source_sha256,
+                "vocabulary_sha256": checkpoint.vocabulary.sha256,
+                "tgt_len": str(tgt_len),
+                "mem_len": str(config.mem_len),
+                "clamp_len": str(config.clamp_len),
+                "same_length": str(config.same_length).lower(),
+                "memory": request.memory,
+            }
+            files = export_onnx(step, directory, metadata)
+        else:
+            files = export_torchscript(step, directory)
+        checkpoint.vocabulary.save(directory / VOCABULARY_FILE)
+        manifest = manifests.write_manifest(
+            directory,
+            Manifest(
+                format=request.format,
+                source=manifests.Source(checkpoint_sha256=source_sha256, checkpoint_name=request.checkpoint.name),
+                model=to_dict(config),
+                settings=manifests.Settings(
+                    tgt_len=tgt_len,
+                    mem_len=config.mem_len,
+                    clamp_len=config.clamp_len,
+                    same_length=config.same_length,
+                    same_length_rule=config.same_length_rule,
+                    memory=request.memory,
+                    dtype="fp32",
+                ),
+                inputs=[_record(spec) for spec in signature.inputs],
+                outputs=[_record(spec) for spec in signature.outputs],
+                dataset=checkpoint.dataset,
+                data=checkpoint.data_folder,
+                vocabulary_sha256=checkpoint.vocabulary.sha256,
+                versions={"txl": txl_train.__version__}
+                | {name: importlib.metadata.version(name) for name in _PACKAGES[request.format]},
+                command=request.command,
+            ),
+            [*files, VOCABULARY_FILE],
+        )
+        try:
+            runtime = open_artifact(directory)
+        except EnvironmentUnfitError:
+            return Exported(request.out, manifest, None)
+        reference = EagerRuntime(model, tgt_len=tgt_len, memory=request.memory, config=config, origin=str(request.checkpoint))
+        parity = compare(reference, runtime, random_segments(config, tgt_len=tgt_len))
+        if not parity.passed:
+            raise ValidationError(
+                f"The exported model computes something else than {request.checkpoint}: {parity.reason}. Nothing was written.",
+                remedy="constraints.txt names versions of torch, onnx and onnxruntime that work.",
+            )
+    return Exported(request.out, manifest, parity)
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """Refuse to write over anything, except over an artifact with `overwrite`. Raises `UsageError`."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir() or not (out / manifests.FILE_NAME).exists():
+        raise UsageError(f"{out} exists and is no exported model.", remedy="Choose another folder with `--out`.")
+    if not overwrite:
+        raise UsageError(f"{out} holds an exported model already.", remedy="Choose another folder with `--out`, or replace it with `--overwrite`.")
+
+
+def _record(spec: TensorSpec) -> manifests.TensorRecord:
+    return manifests.TensorRecord(name=spec.name, dtype=spec.dtype, axes=list(spec.axes))
+
+
+@contextlib.contextmanager
+def _folder_beside(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a new folder that becomes `out` if the body ends without an error, and vanishes otherwise."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if out.exists():
+            check_target(out, overwrite=overwrite)
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            os.replace(out, old)
+            os.replace(folder, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

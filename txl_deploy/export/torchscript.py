@@ -1,0 +1,21 @@
+"""`InferenceStep` as a TorchScript module in `model.pt`, which runs without the toolkit's Python code."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from txl_train.model.inference import InferenceStep
+
+FILE_NAME = "model.pt"
+
+
+def export_torchscript(step: InferenceStep, directory: Path) -> list[str]:
+    """Script `step`, which must be in evaluation mode, write it into `directory` and return the names of the files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated in 2.13 and works; torch.export is the ONNX path
+        script_step = torch.jit.script(step)
+        torch.jit.save(script_step, str(directory / FILE_NAME))
+    return [FILE_NAME]

@@ -1,0 +1,367 @@
+"""What an exported model is: made from which checkpoint, for which shapes and settings, by which versions, with which checksums.
+
+An artifact is a folder whose `manifest.json` is this. The same export of the same checkpoint by the same versions gives the same bytes,
+so it holds no time and no machine. Knows the JSON and the checksums; what the settings mean is known where they are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from txl_train.errors import ManifestError, nearest
+
+FILE_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+
+Format = Literal["onnx", "torchscript"]
+MemoryKind = Literal["hidden", "kv"]
+Dtype = Literal["fp32", "fp16", "bf16"]
+SameLengthRule = Literal["mem_len+1", "mem_len"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file of the artifact."""
+
+    sha256: str
+    """Checksum of its bytes, 64 hexadecimal digits."""
+    bytes: int
+    """Its size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The checkpoint an artifact was made from."""
+
+    checkpoint_sha256: str
+    """Checksum of the checkpoint file."""
+    checkpoint_name: str
+    """Its file name, without the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What changes the numbers an artifact computes and is not in its weights."""
+
+    tgt_len: int
+    """Tokens per stream and step."""
+    mem_len: int
+    """Past positions kept per layer, in tokens."""
+    clamp_len: int | None
+    """Distances above it share one encoding, in tokens; none means no limit."""
+    same_length: bool
+    """Every token attends to the same number of keys."""
+    same_length_rule: SameLengthRule
+    """How many keys that is."""
+    memory: MemoryKind
+    """What the memory holds: hidden states, or projected keys and values."""
+    dtype: Dtype
+    """Type of the weights and of the matrix products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRange:
+    """Numbers of streams that a step accepts."""
+
+    min: int = 1
+    max: int | None = None
+    """None means any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    """One input or output of the graph, in the order of the call."""
+
+    name: str
+    dtype: str
+    """Element type by its numpy name, such as int64 or float32."""
+    axes: list[str | int]
+    """Each axis: its fixed length, or its name where the length is free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of `manifest.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    format: Format
+    """How the model is stored."""
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    """Every file of the artifact but the manifest, by its path within the folder."""
+    source: Source
+    model: dict[str, Any]
+    """The model's settings as `txl_train.config.to_dict` gives them, those of `settings` included."""
+    settings: Settings
+    batch: BatchRange = BatchRange()
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
+    dataset: str
+    """Name of the data set that the model was trained on."""
+    data: str | None = None
+    """Folder of that data set as the training was given it."""
+    vocabulary_sha256: str
+    """Checksum of the vocabulary."""
+    versions: dict[str, str]
+    """Version of each package that took part, by name."""
+    command: str
+    """The command that made it."""
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            _check_file_name(name)
+        for where, value in (
+            ("source.checkpoint_sha256", self.source.checkpoint_sha256),
+            ("vocabulary_sha256", self.vocabulary_sha256),
+            *((f"files.{name}.sha256", record.sha256) for name, record in self.files.items()),
+        ):
+            if not re.fullmatch("[0-9a-f]{64}", value):
+                raise ManifestError(f"`{where}` must be 64 hexadecimal digits, but is {value!r} instead.")
+        for where, number, low in (
+            ("settings.tgt_len", self.settings.tgt_len, 1),
+            ("settings.mem_len", self.settings.mem_len, 0),
+            ("settings.clamp_len", self.settings.clamp_len, 1),
+            ("batch.min", self.batch.min, 1),
+            ("batch.max", self.batch.max, self.batch.min),
+            *((f"files.{name}.bytes", record.bytes, 0) for name, record in self.files.items()),
+        ):
+            if number is not None and number < low:
+                raise ManifestError(f"`{where}` must be {low} or more, but is {number} instead.")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about an artifact that is not as its manifest says."""
+
+    file: str
+    """Path within the folder."""
+    problem: Literal["missing", "changed", "unreadable", "outside", "other checkpoint"]
+    message: str
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes as 64 hexadecimal digits. Raises `OSError` where it cannot be read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(directory: Path, manifest: Manifest, files: Iterable[str]) -> Manifest:
+    """Add the checksums of `files` (paths within `directory`) to `manifest`, write `manifest.json` there, return what was written.
+
+    Written last and in one step, so a folder without one is an unfinished export. Raises `ManifestError` for a name that leaves the folder.
+    """
+    records = {}
+    for name in sorted(files):
+        path = artifact_file(directory, name)
+        records[name] = FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
+    complete = dataclasses.replace(manifest, files=records)
+    target = directory / FILE_NAME
+    partial = target.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(_to_text(complete))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(target)
+    return complete
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Return the manifest of an artifact folder, without looking at the files it lists.
+
+    Raises `ManifestError` if there is none, if a byte of its content was changed, or if it says what this version does not know.
+    """
+    path = directory / FILE_NAME
+    remedy = "Export the checkpoint again with `txl export`."
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        if not directory.exists():
+            raise ManifestError(
+                f"There is no folder {directory}.", remedy="Give the folder that `txl export --out` has written."
+            ) from error
+        raise ManifestError(
+            f"{directory} has no {FILE_NAME}, so it is no exported model.", remedy="Give the folder that `txl export --out` has written."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path} cannot be read: {error}.", remedy=remedy) from error
+    try:
+        document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path} is not valid JSON: {error}.", remedy=remedy) from error
+    if not isinstance(document, dict):
+        raise ManifestError(f"{path} holds no manifest but a {type(document).__name__}.", remedy=remedy)
+    version = document.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise ManifestError(
+            f"{path} has schema_version {version}, but this version of txl knows only up to {SCHEMA_VERSION}.",
+            remedy="Upgrade txl, or export the checkpoint again with this version.",
+        )
+    recorded = document.pop("sha256", None)
+    if recorded != _checksum(document):
+        raise ManifestError(f"{path} was changed after it was written: its own checksum does not match.", remedy=remedy)
+    try:
+        manifest = _from_plain(Manifest, document, "")
+    except ManifestError as error:
+        raise ManifestError(f"{path}: {error.message}", remedy=error.remedy or remedy) from error
+    assert isinstance(manifest, Manifest)
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ManifestError(f"{path} has schema_version {manifest.schema_version}; the first one is 1.", remedy=remedy)
+    return manifest
+
+
+def artifact_file(directory: Path, name: str) -> Path:
+    """Return the path of a file of an artifact. Raises `ManifestError` for a name or a symbolic link that leaves the folder."""
+    _check_file_name(name)
+    path = directory / name
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+        raise ManifestError(
+            f"`{name}` in {directory} is a link to a file outside the folder.", remedy="Copy the file itself into the folder."
+        )
+    return path
+
+
+def verify(directory: Path, *, checkpoint: Path | None = None) -> list[Finding]:
+    """Recompute the checksums of an artifact, and of the checkpoint it should come from; an empty list means that all of it holds.
+
+    Raises `ManifestError` where the manifest itself cannot be trusted, and `OSError` where `checkpoint` cannot be read.
+    """
+    return _findings(directory, read_manifest(directory), checkpoint)
+
+
+def read_verified(directory: Path, *, checkpoint: Path | None = None) -> Manifest:
+    """Return the manifest of an artifact in which `verify` finds nothing. Raises `ManifestError` with what it found otherwise."""
+    manifest = read_manifest(directory)
+    findings = _findings(directory, manifest, checkpoint)
+    if findings:
+        raise ManifestError(
+            f"{directory} is not what its manifest says: " + "; ".join(f"{finding.file} {finding.message}" for finding in findings) + ".",
+            remedy="Export the checkpoint again with `txl export`.",
+        )
+    return manifest
+
+
+def unlisted(directory: Path, manifest: Manifest) -> list[str]:
+    """Return the files in the folder that the manifest does not list, sorted; nothing of an artifact is read from them."""
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
+    return sorted(name for name in found if name != FILE_NAME and name not in manifest.files)
+
+
+def _findings(directory: Path, manifest: Manifest, checkpoint: Path | None) -> list[Finding]:
+    findings = []
+    if not manifest.files:
+        findings.append(Finding(FILE_NAME, "missing", "lists no file, so there is no model"))
+    for name, record in manifest.files.items():
+        finding = _examine(directory, name, record)
+        if finding is not None:
+            findings.append(finding)
+    if checkpoint is not None:
+        actual = sha256_file(checkpoint)
+        expected = manifest.source.checkpoint_sha256
+        if actual != expected:
+            message = f"was made from {manifest.source.checkpoint_name} with sha256 {expected[:12]}…, but {checkpoint} has {actual[:12]}…"
+            findings.append(Finding(FILE_NAME, "other checkpoint", message))
+    return findings
+
+
+def _examine(directory: Path, name: str, record: FileRecord) -> Finding | None:
+    try:
+        path = artifact_file(directory, name)
+        size = path.stat().st_size
+        if size != record.bytes:
+            return Finding(name, "changed", f"has {size} bytes instead of {record.bytes}")
+        actual = sha256_file(path)
+    except ManifestError:
+        return Finding(name, "outside", "is a link to a file outside the folder")
+    except FileNotFoundError:
+        return Finding(name, "missing", "is missing")
+    except OSError as error:
+        return Finding(name, "unreadable", f"cannot be read: {error.strerror}")
+    if actual != record.sha256:
+        return Finding(name, "changed", f"was changed: its sha256 is {actual[:12]}… instead of {record.sha256[:12]}…")
+    return None
+
+
+def _check_file_name(name: str) -> None:
+    path = PurePosixPath(name)
+    if (
+        path.is_absolute()
+        or ".." in path.parts
+        or "\\" in name
+        or ":" in name
+        or "\0" in name
+        or name != str(path)
+        or name in (".", FILE_NAME)
+    ):
+        raise ManifestError(
+            f"`{name}` is no file name within an artifact's folder.", remedy="Export the checkpoint again with `txl export`."
+        )
+
+
+def _to_text(manifest: Manifest) -> str:
+    document = dataclasses.asdict(manifest)
+    document["sha256"] = _checksum(document)
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    """Return the sha256 of a document's content, whatever its line breaks and the order of its keys."""
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a key stands in it twice")
+    return document
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _from_plain(expected: Any, value: Any, where: str) -> Any:
+    """Return `value` as `expected`, a type built of dataclasses, dicts, lists, literals and plain types; a `ManifestError` otherwise."""
+    if dataclasses.is_dataclass(expected) and isinstance(expected, type):
+        return _dataclass_from_plain(expected, value, where)
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin is Literal:
+        if value not in arguments:
+            raise ManifestError(
+                f"`{where}` must be one of {', '.join(arguments)}, but is {value!r} instead.{nearest(str(value), arguments)}"
+            )
+        return value
+    if origin is dict and isinstance(value, dict):
+        return {key: _from_plain(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is list and isinstance(value, list):
+        return [_from_plain(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    kinds = tuple(kind for kind in (arguments or (expected,)) if isinstance(kind, type))
+    if expected is Any or (origin not in (dict, list) and isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)):
+        return value
+    name = getattr(expected, "__name__", str(expected)) if not arguments or origin in (dict, list) else str(expected)
+    raise ManifestError(f"`{where}` must be of type {name}, but is {value!r} instead.")
+
+
+def _dataclass_from_plain(expected: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ManifestError(f"`{where}` must hold several values by name, but is {value!r} instead.")
+    fields = {f.name: f for f in dataclasses.fields(expected)}
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in fields:
+            raise ManifestError(f"`{prefix}{key}` is unknown to this version of txl.{nearest(key, fields)}")
+    for name in fields:
+        if name not in value:
+            raise ManifestError(f"`{prefix}{name}` is missing.")
+    types = get_type_hints(expected)
+    return expected(**{name: _from_plain(types[name], value[name], prefix + name) for name in fields})

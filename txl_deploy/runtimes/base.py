@@ -1,0 +1,81 @@
+"""What every runtime promises, and what it says of itself. Evaluation, parity and benchmarks know nothing else of it."""
+
+# Shape suffixes: B batch, T tgt_len
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from txl_train.config import ModelConfig
+from txl_train.errors import UsageError
+from txl_train.evaluate import Stepper
+from txl_train.model.memory import Memory, MemoryKind
+
+
+class ShapeRangeError(UsageError):
+    """A runtime was given tensors of a shape that it was not made for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeInfo:
+    """What runs, read back from the runtime rather than believed."""
+
+    name: str
+    """pytorch, torchscript or onnx."""
+    provider: str
+    """What computes within it, such as `eager` or `CPUExecutionProvider`."""
+    device: str
+    """`cpu` or `cuda:0`."""
+    dtype: str
+    """Type of weights and matrix products: fp32."""
+    memory: MemoryKind
+    """What its memory holds."""
+    tgt_len: int
+    """Tokens per stream and step."""
+    config: ModelConfig
+    """The model with the lengths in force."""
+    origin: str = ""
+    """The checkpoint or artifact it was opened from."""
+    manifest_sha256: str | None = None
+    """Checksum of the artifact's manifest; None for a checkpoint."""
+    checkpoint_sha256: str | None = None
+    """Checksum of the checkpoint that the weights come from."""
+
+    @property
+    def mem_len(self) -> int:
+        """Past positions kept per layer, in tokens."""
+        return self.config.mem_len
+
+
+class Runtime(Stepper, Protocol):
+    """Runs one segment on its device. Outputs of `step` stay valid until the next one; clone what you keep."""
+
+    @property
+    def info(self) -> RuntimeInfo:
+        """What this is."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until all work that `step` has started is done."""
+        ...
+
+
+def check_shapes(info: RuntimeInfo, input_ids_BT: Tensor, target_ids_BT: Tensor, memory: Memory) -> None:
+    """Refuse tensors that the runtime was not made for, before they reach native code.
+
+    Raises:
+        ShapeRangeError: naming the tensor, both shapes and the command that makes a runtime for it.
+    """
+    B = input_ids_BT.shape[0] if input_ids_BT.dim() else 0
+    expected_tokens = (B, info.tgt_len)
+    for name, tensor in (("input_ids", input_ids_BT), ("target_ids", target_ids_BT)):
+        if tuple(tensor.shape) != expected_tokens or B < 1:
+            raise ShapeRangeError(
+                f"`{name}` must have shape [batch_size, {info.tgt_len}] for this {info.name} runtime, but has {list(tensor.shape)} instead.",
+                remedy=f"Give segments of {info.tgt_len} tokens, or export again with `--tgt-len {tensor.shape[-1] if tensor.dim() else 1}`.",
+            )
+    if memory.length_B.shape[0] != B or any(state.shape[0] != B for state in memory.states):
+        raise ShapeRangeError(f"The memory is of {memory.length_B.shape[0]} streams, but the tokens are of {B}.")

@@ -1,0 +1,66 @@
+"""What goes into an exported graph and what comes out: names, types and axes, derived from the model's configuration.
+
+The one description that export, runtimes and manifest share. States have the names that optimum and ONNX Runtime's generation
+use (`past_key_values.{i}.key`, `present.{i}.key`) and Transformer-XL's own for hidden states (`mems.{i}`, `new_mems.{i}`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from txl_train.config import ModelConfig
+from txl_train.model.memory import MemoryKind, state_count, state_shape
+
+BATCH = "batch_size"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a graph; an axis is its length, or its name where the length is free."""
+
+    name: str
+    dtype: str
+    axes: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs and outputs of one scoring step, in the order of the call."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def step_signature(config: ModelConfig, *, tgt_len: int, memory: MemoryKind, dtype: str = "float32") -> Signature:
+    """Return the signature of `InferenceStep` with its lists laid out flat.
+
+    Inputs: `input_ids`, `target_ids`, one `target_rows.{i}` per tail cluster (flat positions b*T + t of the targets in it, padded
+    with B*T or empty), `memory_length`, the states. Outputs: `nll`, `new_memory_length`, the new states.
+    """
+    tokens = (BATCH, tgt_len)
+    rows = [TensorSpec(f"target_rows.{i}", "int64", (f"target_rows_{i}",)) for i in range(1, config.n_cluster + 1)]
+    state_axes: tuple[int | str, ...] = (BATCH, *state_shape(config, memory, 1)[1:])
+    old, new = state_names(config, memory)
+    return Signature(
+        inputs=(
+            TensorSpec("input_ids", "int64", tokens),
+            TensorSpec("target_ids", "int64", tokens),
+            *rows,
+            TensorSpec("memory_length", "int64", (BATCH,)),
+            *(TensorSpec(name, dtype, state_axes) for name in old),
+        ),
+        outputs=(
+            TensorSpec("nll", "float32", tokens),
+            TensorSpec("new_memory_length", "int64", (BATCH,)),
+            *(TensorSpec(name, dtype, state_axes) for name in new),
+        ),
+    )
+
+
+def state_names(config: ModelConfig, memory: MemoryKind) -> tuple[list[str], list[str]]:
+    """Return the names of the states as inputs and as outputs, in the order of `Memory.states`."""
+    if memory == "hidden":
+        layers = range(state_count(config, memory))
+        return [f"mems.{i}" for i in layers], [f"new_mems.{i}" for i in layers]
+    parts = [(i, part) for i in range(config.n_layer) for part in ("key", "value")]
+    return [f"past_key_values.{i}.{part}" for i, part in parts], [f"present.{i}.{part}" for i, part in parts]

@@ -1,0 +1,153 @@
+"""Scoring a corpus: the only place where token losses become a perplexity, whichever runtime computes them.
+
+The memory is carried here, from segment to segment, from a cold start. Sums are float64, and only counted tokens enter them.
+"""
+
+# Shape suffixes: B batch, T tgt_len
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from txl_train import metrics
+from txl_train.config import ModelConfig
+from txl_train.data.segments import Segment
+from txl_train.errors import ValidationError
+from txl_train.model.adaptive import cluster_rows
+from txl_train.model.inference import InferenceStep
+from txl_train.model.memory import Memory, MemoryKind, empty_memory
+from txl_train.model.transformer_xl import TransformerXL
+
+
+class StepOutput(NamedTuple):
+    """What one segment yields: −log p(target), nats, float32 [B, T] in token order, and the memory for the next segment."""
+
+    nll_BT: Tensor
+    memory: Memory
+
+
+class Stepper(Protocol):
+    """Runs one segment. Whoever needs continuity carries the memory."""
+
+    def initial_memory(self, batch_size: int) -> Memory:
+        """Return the memory of `batch_size` streams at a cold start."""
+        ...
+
+    def step(self, input_ids_BT: Tensor, target_ids_BT: Tensor, memory: Memory) -> StepOutput:
+        """Score one segment. Outputs stay valid until the next `step`; clone what you keep."""
+        ...
+
+
+class ModelStepper:
+    """A `TransformerXL` as a `Stepper`. The model must be in evaluation mode."""
+
+    def __init__(self, model: TransformerXL, *, tgt_len: int, memory: MemoryKind = "kv", config: ModelConfig | None = None) -> None:
+        self.module = InferenceStep(model, tgt_len, memory, config)
+        self._weight = model.embedding.weights[0]
+
+    def initial_memory(self, batch_size: int) -> Memory:
+        """Return the memory of `batch_size` streams at a cold start, on the model's device."""
+        module, weight = self.module, self._weight
+        return empty_memory(module.config, module.memory, batch_size, device=weight.device, dtype=weight.dtype)
+
+    @torch.inference_mode()
+    def step(self, input_ids_BT: Tensor, target_ids_BT: Tensor, memory: Memory) -> StepOutput:
+        """Score one segment of `tgt_len` tokens."""
+        rows = cluster_rows(target_ids_BT.reshape(-1), self.module.head.cluster_ends)
+        nll_BT, length_B, states = self.module(input_ids_BT, target_ids_BT, rows, memory.length_B, memory.states)
+        return StepOutput(nll_BT, Memory(states, length_B))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """The outcome of scoring: one sum, one count, and what follows from them."""
+
+    nll_nats_sum: float
+    """Sum of −log p over the counted tokens, nats."""
+    n_tokens: int
+    """Number of counted tokens."""
+    n_segments: int
+    """Number of steps taken."""
+    seconds: float
+    """Wall time of all steps."""
+
+    @property
+    def nll_nats_per_token(self) -> float:
+        """Mean −log p of a token, nats."""
+        return self.nll_nats_sum / self.n_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean nll."""
+        return metrics.perplexity(self.nll_nats_per_token)
+
+    @property
+    def bits_per_char(self) -> float:
+        """The mean nll in bits per token; per character where a token is one."""
+        return metrics.bits_per_char(self.nll_nats_per_token)
+
+    @property
+    def ms_per_segment(self) -> float:
+        """Mean wall time of a step, ms."""
+        return 1000.0 * self.seconds / self.n_segments
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Counted tokens per second."""
+        return self.n_tokens / self.seconds
+
+
+def counted_sum(nll_BT: Tensor, counted_BT: np.ndarray) -> float:
+    """Return the float64 sum of the nll of counted tokens."""
+    return float(nll_BT.to("cpu", torch.float64).numpy()[counted_BT].sum())
+
+
+def evaluate(
+    stepper: Stepper,
+    segments: Iterable[Segment],
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    max_segments: int | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> EvalResult:
+    """Score `segments` in order, from a cold start.
+
+    Args:
+        stepper: any runtime.
+        segments: of `batch_size` streams, as `SegmentIterator` yields them.
+        device: where the stepper expects its tensors.
+        max_segments: stop after so many.
+        on_step: called with the number of segments done, for progress.
+
+    Raises:
+        ValidationError: a token's nll is not finite.
+    """
+    memory = stepper.initial_memory(batch_size)
+    total, n_tokens, n_segments = 0.0, 0, 0
+    start = time.perf_counter()
+    for segment in segments:
+        if max_segments is not None and n_segments >= max_segments:
+            break
+        input_ids_BT = torch.from_numpy(segment.input_ids_BT).to(device)
+        target_ids_BT = torch.from_numpy(segment.target_ids_BT).to(device)
+        nll_BT, memory = stepper.step(input_ids_BT, target_ids_BT, memory)
+        part = counted_sum(nll_BT, segment.counted_BT)
+        if not np.isfinite(part):
+            raise ValidationError(
+                f"The loss of segment {segment.index} is not finite, so there is no perplexity.",
+                remedy="Evaluate in fp32; if it persists, the weights themselves are damaged: use an earlier checkpoint.",
+            )
+        total += part
+        n_tokens += int(segment.counted_BT.sum())
+        n_segments += 1
+        if on_step is not None:
+            on_step(n_segments)
+    return EvalResult(nll_nats_sum=total, n_tokens=n_tokens, n_segments=n_segments, seconds=time.perf_counter() - start)
