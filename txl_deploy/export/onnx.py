@@ -5,7 +5,10 @@ The graph is checked against its signature here, before anything is written. Whe
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +81,7 @@ def _to_graph(step: InferenceStep, signature: Signature) -> onnx.ModelProto:
         {0: batch},
         [{0: batch} for _ in memory.states],
     )
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), _quiet_exporter(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter about itself: deprecated internals, names shared by equal axes
         program: Any = torch.onnx.export(
             step,
@@ -94,6 +97,18 @@ def _to_graph(step: InferenceStep, signature: Signature) -> onnx.ModelProto:
         )
     model: onnx.ModelProto = program.model_proto
     return model
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep from the user what the exporter logs about packages that are not needed (torchvision)."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _example_ids(step: InferenceStep) -> torch.Tensor:

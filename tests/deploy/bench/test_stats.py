@@ -1,0 +1,108 @@
+"""Percentiles, their intervals and the samples they need, on numbers known beforehand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from txl_deploy.bench.stats import LatencySummary, minimum_samples, parse_percentiles, percentile, percentile_interval
+from txl_train.errors import UsageError
+
+
+@pytest.mark.parametrize(("p", "expected"), [(50, 5.0), (90, 9.0), (91, 10.0), (95, 10.0), (99, 10.0), (10, 1.0), (10.1, 2.0)])
+def test_a_percentile_is_the_sample_at_the_nearest_rank(p, expected):
+    assert percentile([10, 3, 7, 1, 9, 2, 8, 4, 6, 5], p) == expected
+
+
+def test_a_percentile_of_one_sample_is_that_sample():
+    assert percentile([7.5], 99) == 7.5
+
+
+def test_a_fractional_percentile_is_not_moved_by_binary_rounding():
+    # 0.999 * 1000 is above 999 in binary arithmetic, which would give the 1000th sample
+    assert percentile(range(1, 1001), 99.9) == 999
+
+
+@given(st.lists(st.floats(0.01, 1e4), min_size=1, max_size=60), st.integers(1, 99))
+def test_the_rule_is_numpys_inverted_cdf(samples, p):
+    assert percentile(samples, p) == np.percentile(samples, p, method="inverted_cdf")
+
+
+@pytest.mark.parametrize(("p", "none_over", "one_over"), [(90, 44, 64), (95, 90, 130), (99, 459, 662)])
+def test_loadgens_rule_gives_its_published_sample_counts(p, none_over, one_over):
+    assert minimum_samples(p, exceeding=0) == none_over
+    assert minimum_samples(p) == one_over
+
+
+def test_a_low_percentile_needs_as_many_samples_as_its_mirror_image():
+    assert minimum_samples(1) == minimum_samples(99)
+
+
+@pytest.mark.parametrize(("p", "n"), [(90, 36), (95, 72), (99, 368)])
+def test_an_interval_exists_from_the_sample_count_on_that_order_statistics_allow(p, n):
+    assert percentile_interval(range(n - 1), p) is None
+    assert percentile_interval(range(n), p) is not None
+
+
+def test_the_medians_interval_has_the_ranks_of_the_textbook():
+    # n = 100: the 40th and the 61st sample (Conover, Practical Nonparametric Statistics, table of the binomial)
+    assert percentile_interval(range(1, 101), 50) == (40.0, 61.0)
+
+
+@pytest.mark.parametrize("p", [50, 90])
+def test_the_interval_covers_the_true_percentile_as_often_as_it_says(p):
+    generator = np.random.default_rng(3)
+    truth = -np.log(1 - p / 100)  # of the standard exponential distribution
+    hits = 0
+    for samples in generator.exponential(size=(400, 120)):
+        low, high = percentile_interval(samples, p)
+        hits += low <= truth <= high
+    # nominal 95 %, conservative because ranks are whole numbers; 3 standard errors of 400 trials are 3.3 %
+    assert 0.917 <= hits / 400 <= 1.0
+
+
+def test_a_summary_holds_what_a_row_needs():
+    row = LatencySummary.of([1.0, 2.0, 3.0, 6.0]).to_row()
+    expected = {"latency_ms_p50": 2.0, "latency_ms_p90": 6.0, "latency_ms_p95": 6.0, "latency_ms_p99": 6.0}
+    expected |= {"latency_ms_mean": 3.0, "latency_ms_min": 1.0, "latency_ms_max": 6.0, "n": 4}
+    assert {name: row[name] for name in expected} == expected
+
+
+def test_a_summary_takes_any_percentiles():
+    summary = LatencySummary.of(range(1, 1001), (99.9, 25, 99.9))
+    assert [estimate.p for estimate in summary.percentiles] == [25, 99.9]
+    assert summary.to_row()["latency_ms_p99.9"] == 999
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [
+        (120, ("p95 from 120 samples: fewer than 130", "p99 from 120 samples: fewer than 459")),
+        (500, ("p99 from 500 samples: fewer than 662",)),
+        (662, ()),
+    ],
+)
+def test_percentiles_from_too_few_samples_carry_a_note(n, expected):
+    assert LatencySummary.of(np.ones(n)).notes == expected
+
+
+@pytest.mark.parametrize("samples", [[], [1.0, float("nan")], [float("inf")], [[1.0], [2.0]]])
+def test_what_is_no_flat_list_of_finite_numbers_is_refused(samples):
+    with pytest.raises(ValueError, match=r"percentiles need|finite"):
+        percentile(samples, 50)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("50,90,95,99", (50, 90, 95, 99)), ("99 50", (50, 99)), ("p99.9, 50,50", (50, 99.9)), ("90", (90,))]
+)
+def test_percentiles_are_read_in_rising_order_each_once(text, expected):
+    assert parse_percentiles(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", " , ", "0", "100", "-5", "ninety", "50;90", "nan", "1e400"])
+def test_wrong_percentiles_are_an_error_with_a_remedy(text):
+    with pytest.raises(UsageError) as caught:
+        parse_percentiles(text)
+    assert "--percentiles" in caught.value.remedy

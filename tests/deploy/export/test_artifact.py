@@ -1,0 +1,84 @@
+"""An artifact is written whole, after it was compared with its checkpoint, or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.deploy.conftest import Exports
+from txl_deploy.export import artifact as artifacts
+from txl_deploy.export.artifact import ExportRequest, export_artifact
+from txl_deploy.manifest import read_manifest, verify
+from txl_train.checkpoint import file_sha256
+from txl_train.data.vocabulary import Vocabulary
+from txl_train.errors import CheckpointError, UsageError, ValidationError
+from txl_train.model.inference import InferenceStep
+
+
+def request(exports: Exports, out: Path, **changes: object) -> ExportRequest:
+    return ExportRequest(**{"checkpoint": exports.checkpoint, "out": out, "format": "torchscript", **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["onnx", "torchscript"])
+def test_the_manifest_chains_the_artifact_to_its_checkpoint(exports: Exports, name: str) -> None:
+    folder = getattr(exports, name)
+    manifest = read_manifest(folder)
+    assert verify(folder, checkpoint=exports.checkpoint) == []
+    assert manifest.source.checkpoint_sha256 == file_sha256(exports.checkpoint)
+    assert manifest.vocabulary_sha256 == Vocabulary.load(folder / "vocabulary.json").sha256
+    assert manifest.data == str(exports.data)
+
+
+def test_lengths_asked_for_are_those_of_the_artifact(exports: Exports, tmp_path: Path) -> None:
+    export_artifact(request(exports, tmp_path / "a", tgt_len=3, mem_len=4, clamp_len=2, same_length=True, memory="hidden"))
+    settings = read_manifest(tmp_path / "a").settings
+    assert (settings.tgt_len, settings.mem_len, settings.clamp_len, settings.same_length, settings.memory) == (3, 4, 2, True, "hidden")
+
+
+def test_an_existing_artifact_is_replaced_only_with_overwrite(exports: Exports, tmp_path: Path) -> None:
+    export_artifact(request(exports, tmp_path / "a"))
+    with pytest.raises(UsageError, match="--overwrite"):
+        export_artifact(request(exports, tmp_path / "a", tgt_len=3))
+    assert read_manifest(tmp_path / "a").settings.tgt_len == 5
+    export_artifact(request(exports, tmp_path / "a", tgt_len=3, overwrite=True))
+    assert read_manifest(tmp_path / "a").settings.tgt_len == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_a_folder_that_is_no_artifact_is_never_replaced(exports: Exports, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="no exported model"):
+        export_artifact(request(exports, tmp_path / "mine", overwrite=True))
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_export_that_computes_something_else_leaves_nothing_behind(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_a_wrong_bias(step: InferenceStep, folder: Path) -> list[str]:
+        with torch.no_grad():
+            step.head.cluster_bias[0] += 0.5
+        files = real(step, folder)
+        with torch.no_grad():
+            step.head.cluster_bias[0] -= 0.5
+        return files
+
+    real = artifacts.export_torchscript
+    monkeypatch.setattr(artifacts, "export_torchscript", with_a_wrong_bias)
+    with pytest.raises(ValidationError, match="a token's nll differs") as caught:
+        export_artifact(request(exports, tmp_path / "a"))
+    assert caught.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_leaves_nothing_behind(exports: Exports, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.pt"
+    shutil.copy(exports.checkpoint, damaged)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(CheckpointError, match="was changed"):
+        export_artifact(request(exports, tmp_path / "a", checkpoint=damaged))
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged.pt"]

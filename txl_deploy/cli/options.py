@@ -1,0 +1,148 @@
+"""Options that several commands share, and how a command prints its result.
+
+A command that uses these decorators spells, explains and checks an option like every other. Knows nothing of what commands do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import click
+
+from txl_train.data.datasets import DATASETS, SPLITS
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_VERBOSITY = "txl.verbosity"
+
+
+def verbosity_options(command: F) -> F:
+    """Add `-v/--verbose` and `-q/--quiet`, which set the level of the log on standard error and reach the command in no other way."""
+    command = click.option(
+        "-q", "--quiet", count=True, expose_value=False, callback=_set_quiet, help="Log less on standard error; twice: errors only."
+    )(command)
+    return click.option(
+        "-v",
+        "--verbose",
+        count=True,
+        expose_value=False,
+        callback=_set_verbose,
+        help="Log more on standard error; twice: tracebacks of errors too.",
+    )(command)
+
+
+def json_option(command: F) -> F:
+    """Add `--json` as the argument `as_json: bool`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as exactly one JSON document on standard output.")(
+        command
+    )
+
+
+def device_option(command: F) -> F:
+    """Add `--device` as the argument `device: str`, one of auto, cpu, cuda."""
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where to compute; auto means a GPU if there is one.",
+    )(command)
+
+
+def threads_option(command: F) -> F:
+    """Add `--threads` as the argument `threads: int | None`."""
+    return click.option(
+        "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads to compute with.  [default: what the runtime chooses]"
+    )(command)
+
+
+def dataset_options(command: F) -> F:
+    """Add `--dataset` (`str | None`) and `--data` (`Path | None`): which text, and the folder it lies in."""
+    command = click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Folder of train.txt, valid.txt and test.txt.  [default: where the data set was found or built in training]",
+    )(command)
+    return click.option(
+        "--dataset",
+        type=click.Choice(list(DATASETS)),
+        help="How the text becomes tokens: pydoc is built in, text is any folder of text.  [default: the checkpoint's]",
+    )(command)
+
+
+def split_option(command: F) -> F:
+    """Add `--split` as the argument `split: str`, one of train, valid, test."""
+    return click.option(
+        "--split", type=click.Choice(list(SPLITS)), default="test", show_default=True, help="Which of the three files to read."
+    )(command)
+
+
+def data_options(command: F) -> F:
+    """Add `--dataset`, `--data` and `--split`."""
+    return dataset_options(split_option(command))
+
+
+def echo_json(document: Any) -> None:
+    """Print `document` as one JSON document on standard output. A number that is not finite is a `ValueError`: JSON has none."""
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def verbosity(context: click.Context | None) -> int:
+    """Return the number of `-v` less the number of `-q` that were given, 0 without a context."""
+    return 0 if context is None else int(context.meta.get(_VERBOSITY, 0))
+
+
+def set_up_logging(level: int = 0) -> None:
+    """Send the log to standard error: progress by default, less with a negative `level`, more with a positive one.
+
+    Calling it again changes the level only. Other libraries are heard from warnings on, or one step earlier with each `-v` after the first.
+    """
+    root = logging.getLogger()
+    if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):
+        handler = _StderrHandler()
+        handler.setFormatter(_Formatter())
+        root.addHandler(handler)
+    ours = {-1: logging.WARNING, 0: logging.INFO}.get(level, logging.ERROR if level < 0 else logging.DEBUG)
+    root.setLevel(logging.INFO if level > 1 else max(ours, logging.WARNING))
+    for package in ("txl_train", "txl_deploy"):
+        logging.getLogger(package).setLevel(ours)
+    for chatty in ("py.warnings", "torch.onnx._internal"):  # deprecations, and packages that could be used too
+        logging.getLogger(chatty).setLevel(logging.WARNING if level > 0 else logging.ERROR)
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is at that moment: a progress bar puts itself there to keep below the log lines."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]  # typeshed has an attribute; logging itself does the same in its last resort
+        return sys.stderr
+
+
+class _Formatter(logging.Formatter):
+    """The bare message for progress, since its lines have readers; from warnings on, the level before it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname.capitalize()}: {text}" if record.levelno >= logging.WARNING else text
+
+
+def _set_verbose(context: click.Context, parameter: click.Parameter, count: int) -> None:
+    _add_verbosity(context, count)
+
+
+def _set_quiet(context: click.Context, parameter: click.Parameter, count: int) -> None:
+    _add_verbosity(context, -count)
+
+
+def _add_verbosity(context: click.Context, steps: int) -> None:
+    context.meta[_VERBOSITY] = context.meta.get(_VERBOSITY, 0) + steps
+    set_up_logging(context.meta[_VERBOSITY])

@@ -1,0 +1,212 @@
+"""`txl train`: train a model, or go on training one.
+
+The options are made of the fields of `txl_train.config`, with their types, defaults and sentences; the specification's spellings are
+added in `_SPELLINGS`. What settings mean, and which source wins, is known to `txl_train.settings`; training itself is `txl_train.trainer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import click
+
+from txl_deploy.cli.options import DATASETS, echo_json, json_option, verbosity_options
+from txl_train import presets, settings
+from txl_train.config import SECTIONS, field_docs
+from txl_train.errors import UsageError
+
+if TYPE_CHECKING:
+    from txl_train.checkpoint import Checkpoint
+    from txl_train.evaluate import EvalResult
+    from txl_train.trainer import TrainResult
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LAST_OF_WORK_DIR = ":last"
+"""What `--restart` stands for where it names no file."""
+
+_SPELLINGS: dict[str, tuple[str, ...]] = {"optim.lr_warmup_steps": ("--warmup-step",)}
+"""Further names of an option: the specification's, where ours differ."""
+
+_FLAGS: dict[str, tuple[str, str, str]] = {
+    "--cuda": ("train.device", "cuda", "The same as --device cuda."),
+    "--fp16": ("train.dtype", "fp16", "The same as --dtype fp16."),
+    "--bf16": ("train.dtype", "bf16", "The same as --dtype bf16."),
+    "--not-tied": ("model.tie_weights", "false", "The same as --no-tie-weights."),
+}
+"""Options that set one setting to one value."""
+
+_METAVARS = {int: "N", float: "X", str: "TEXT", bool: ""}
+
+
+def _argument(name: str) -> str:
+    return "setting_" + name.replace(".", "_")
+
+
+def _show(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "empty"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def setting_options(command: F) -> F:
+    """Add an option for every setting. Those not given are None; values stay text, which `settings` reads like any other source's."""
+    for flag, (name, _, sentence) in reversed(_FLAGS.items()):
+        command = click.option(flag, f"flag_{flag.strip('-').replace('-', '_')}", is_flag=True, help=f"{sentence} ({name})")(command)
+    for section, cls in reversed(SECTIONS.items()):
+        docs = field_docs(cls)
+        for field in reversed(dataclasses.fields(cls)):
+            command = _setting_option(f"{section}.{field.name}", field.default, docs[field.name])(command)
+    return command
+
+
+def _setting_option(name: str, default: object, sentence: str) -> Callable[[F], F]:
+    kind = settings.value_type(name)
+    dashed = name.partition(".")[2].replace("_", "-")
+    help_text = f"{sentence}  [{name}; default: {_show(default)}]"
+    if kind is bool:
+        return click.option(f"--{dashed}/--no-{dashed}", _argument(name), default=None, help=help_text)
+    names = [f"--{dashed}", *_SPELLINGS.get(name, ())]
+    choices = DATASETS if name == "data.dataset" else typing.get_args(kind) if typing.get_origin(kind) is Literal else None
+    if choices:
+        return click.option(*names, _argument(name), type=click.Choice(list(choices)), help=help_text)
+    metavar = f"{_METAVARS[typing.get_args(kind)[0]]},..." if typing.get_origin(kind) is tuple else _METAVARS[kind]
+    metavar = {"data.data": "DIR", "train.work_dir": "DIR"}.get(name, metavar)
+    return click.option(*names, _argument(name), metavar=metavar, help=help_text)
+
+
+@click.command("train", context_settings={"token_normalize_func": lambda token: token.replace("_", "-")})
+@click.option("--config", "config", metavar="NAME|FILE", help=f"A preset ({', '.join(presets.names())}) or a YAML file of settings.")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set any setting, as key=value or section.key=value; may be given several times.",
+)
+@click.option(
+    "--restart",
+    is_flag=False,
+    flag_value=_LAST_OF_WORK_DIR,
+    metavar="[FILE]",
+    help="Continue exactly where a checkpoint left off.  [default file: checkpoint_last.pt in --work-dir]",
+)
+@click.option("--resume", is_flag=True, help="The same as --restart without a file.")
+@click.option("--overwrite", is_flag=True, help="Begin anew in a work folder that holds a trained model, which is deleted.")
+@click.option("--dry-run", is_flag=True, help="Print the settings with the origin of each, and stop.")
+@json_option
+@verbosity_options
+@setting_options
+@click.pass_context
+def command(
+    context: click.Context,
+    config: str | None,
+    assignments: tuple[str, ...],
+    restart: str | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train a model and write checkpoint_best.pt and checkpoint_last.pt into the work folder.
+
+    Settings come from, the later winning over the earlier: defaults, the checkpoint that is continued, --config, the environment
+    (TXL_<SECTION>_<KEY> or TXL_<KEY>), options, --set. `none` clears an optional setting, and so does -1.
+
+    Ctrl-C or SIGTERM finishes the step and saves; `--restart` then continues to the same result, on a CPU to the last bit.
+    """
+    overrides = _overrides(options)
+    if resume and restart is not None:
+        raise UsageError("Give either `--restart` or `--resume`.")
+    restart = _LAST_OF_WORK_DIR if resume else restart
+    if overwrite and restart is not None:
+        raise UsageError("`--overwrite` begins anew, `--restart` continues: give one of them.")
+
+    checkpoint: Checkpoint | None = None
+    if restart is not None:
+        first_look = settings.resolve(config, overrides=overrides, assignments=assignments)
+        checkpoint = _load(restart, Path(first_look.config.train.work_dir))
+        overrides = [("work_dir", first_look.config.train.work_dir), *overrides]
+    resolved = settings.resolve(
+        config, stored=None if checkpoint is None else _stored(checkpoint), overrides=overrides, assignments=assignments
+    )
+    if dry_run:
+        if as_json:
+            echo_json(resolved.to_dict())
+        else:
+            click.echo(resolved.table())
+        return
+
+    from txl_train.trainer import train
+
+    result = train(resolved, continue_from=checkpoint, overwrite=overwrite)
+    if as_json:
+        echo_json(result.to_dict())
+    else:
+        click.echo(_summary(result))
+    if result.ending == "sigint":
+        context.exit(130)
+
+
+def _overrides(options: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return (setting, value) of the options given, in the order of the settings, then the flags."""
+    given = [
+        (f"{section}.{field.name}", options[_argument(f"{section}.{field.name}")])
+        for section, cls in SECTIONS.items()
+        for field in dataclasses.fields(cls)
+    ]
+    overrides = {name: value for name, value in given if value is not None}
+    by_flag: dict[str, str] = {}
+    for flag, (name, value, _) in _FLAGS.items():
+        if not options[f"flag_{flag.strip('-').replace('-', '_')}"]:
+            continue
+        if name in overrides and settings.parse(name, overrides[name]) != settings.parse(name, value):
+            raise UsageError(f"`{by_flag.get(name, '--' + name.partition('.')[2].replace('_', '-'))}` and `{flag}` contradict each other.")
+        overrides[name] = value
+        by_flag[name] = flag
+    return list(overrides.items())
+
+
+def _load(restart: str, work_dir: Path) -> Checkpoint:
+    from txl_train.callbacks import LAST_NAME
+    from txl_train.checkpoint import load_checkpoint
+
+    if restart != _LAST_OF_WORK_DIR:
+        return load_checkpoint(restart)
+    last = work_dir / LAST_NAME
+    if not last.exists():
+        raise UsageError(
+            f"There is nothing to continue in {work_dir}: it has no {LAST_NAME}.",
+            remedy="Leave `--restart` out to begin, or name a checkpoint.",
+        )
+    return load_checkpoint(last)
+
+
+def _stored(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Return the settings a checkpoint was trained with; those that are no longer known are named by `resolve`."""
+    if not checkpoint.settings:
+        raise UsageError("This checkpoint does not say how it was trained, so training cannot be continued.", remedy="Train anew.")
+    return checkpoint.settings
+
+
+def _summary(result: TrainResult) -> str:
+    folder = result.work_dir
+    lines = [
+        f"{'Stopped' if result.ending in ('sigint', 'sigterm') else 'Finished'} after {result.progress.step:,} steps ({result.ending}) in {folder}"
+    ]
+    for split, figures in (("valid", result.valid), ("test", result.test)):
+        if figures is not None:
+            lines.append(f"{split:<6}{_score(figures, result.char)}")
+    document = result.to_dict()
+    lines += [f"{what}  {document[key]}" for what, key in (("best", "checkpoint_best"), ("last", "checkpoint_last")) if document[key]]
+    return "\n".join(lines)
+
+
+def _score(figures: EvalResult, char: bool) -> str:
+    score = f"bits per character {figures.bits_per_char:.5f}" if char else f"perplexity {figures.perplexity:.3f}"
+    return f"{score} ({figures.nll_nats_per_token:.4f} nats per token over {figures.n_tokens:,} tokens)"
