@@ -1,0 +1,105 @@
+"""Data sets: names, cutoffs, folders, writing whole files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from txl_train.data.datasets import DATASETS, SMALLEST_ADAPTIVE_VOCAB, check_folder, default_cutoffs, get_dataset, whole_or_absent
+from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError
+
+from .conftest import MakeFolder
+
+
+@pytest.mark.parametrize("name", ["pydoc", "text", "wt103", "text8", "enwik8"])
+def test_every_data_set_is_found_by_its_name(name: str) -> None:
+    assert get_dataset(name).name == name
+    assert DATASETS[name].description.endswith(".")
+
+
+def test_a_misspelt_data_set_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="Did you mean `wt103`") as caught:
+        get_dataset("wt130")
+    assert "enwik8" in str(caught.value.remedy)
+
+
+def test_the_full_wikitext_vocabulary_gets_the_specified_cutoffs() -> None:
+    assert default_cutoffs(get_dataset("wt103"), 267_735) == (19_997, 39_997, 199_997)
+
+
+def test_a_smaller_vocabulary_gets_cutoffs_in_the_same_proportion() -> None:
+    assert default_cutoffs(get_dataset("text"), 33_278) == (2_485, 4_971, 24_858)
+
+
+def test_a_tiny_vocabulary_and_characters_get_no_cutoffs() -> None:
+    assert default_cutoffs(get_dataset("pydoc"), SMALLEST_ADAPTIVE_VOCAB - 1) == ()
+    assert default_cutoffs(get_dataset("text8"), 50_000) == ()
+
+
+@given(st.integers(1, 600_000))
+def test_no_cluster_is_ever_empty(vocab_size: int) -> None:
+    ends = (0, *default_cutoffs(get_dataset("wt103"), vocab_size), vocab_size)
+    assert all(start < end for start, end in zip(ends, ends[1:], strict=False))
+
+
+def test_a_missing_folder_names_the_option(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="There is no folder") as caught:
+        check_folder(tmp_path / "nowhere", get_dataset("text"))
+    assert "--data" in str(caught.value.remedy)
+
+
+def test_a_file_in_place_of_the_folder_names_its_folder(make_folder: MakeFolder) -> None:
+    folder = make_folder(train="a\n")
+    with pytest.raises(DataError, match="is a file") as caught:
+        check_folder(folder / "train.txt", get_dataset("text"))
+    assert str(folder) in str(caught.value.remedy)
+
+
+def test_a_missing_split_names_file_split_and_what_is_expected(make_folder: MakeFolder) -> None:
+    folder = make_folder(train="a\n", test="a\n")
+    with pytest.raises(DataError, match=r"no valid split: .*valid\.txt is missing") as caught:
+        check_folder(folder, get_dataset("text"))
+    assert "train.txt valid.txt test.txt" in str(caught.value.remedy)
+
+
+def test_a_split_under_another_common_name_is_pointed_at(make_folder: MakeFolder) -> None:
+    folder = make_folder(train="a\n", test="a\n")
+    (folder / "wiki.valid.tokens").write_text("a\n")
+    with pytest.raises(DataError) as caught:
+        check_folder(folder, get_dataset("wt103"))
+    assert "Rename wiki.valid.tokens to valid.txt" in str(caught.value.remedy)
+
+
+def test_an_empty_file_is_named(make_folder: MakeFolder) -> None:
+    with pytest.raises(DataError, match=r"test split .* is empty: .*test\.txt has 0 bytes"):
+        check_folder(make_folder(train="a\n", valid="a\n", test=""), get_dataset("text"))
+
+
+def test_only_the_splits_asked_for_must_be_there(make_folder: MakeFolder) -> None:
+    folder = make_folder(test="a\n")
+    assert check_folder(folder, get_dataset("text"), ["test"]) == {"test": folder / "test.txt"}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    with whole_or_absent(path) as file:
+        file.write(b"old")
+
+    def write_half() -> None:
+        with whole_or_absent(path) as file:
+            file.write(b"ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_unfit_environment(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(EnvironmentUnfitError, match="cannot be written"), whole_or_absent(tmp_path / "file" / "below.txt") as file:
+        file.write(b"never")

@@ -1,0 +1,17 @@
+"""Reading text must be quick to start: no PyTorch, and sacremoses only where its rules are used."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import txl_train.data
+
+
+def test_no_module_of_the_package_imports_torch_or_sacremoses() -> None:
+    names = [f"txl_train.data.{module.name}" for module in pkgutil.iter_modules(txl_train.data.__path__)]
+    assert "txl_train.data.tokenizers" in names
+    code = f"import sys, {', '.join(names)}; print(sorted({{'torch', 'sacremoses'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,1 @@
+"""From text to streams of token ids: data sets, vocabularies, corpora, segments, tokenizers, baselines. Imports no PyTorch."""

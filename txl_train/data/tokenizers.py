@@ -1,0 +1,83 @@
+"""Raw text to tokens, the way each data set was built, so that text typed by a person can be scored by a model trained on it.
+
+Not for files of a data set: those are tokenised already, and the rules here are not idempotent ("well @-@ known" would be cut again).
+The only module that imports sacremoses, and only for WikiText.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from txl_train.data import pydoc
+from txl_train.data.datasets import EOS, UNK, get_dataset
+from txl_train.errors import EnvironmentUnfitError
+
+PROTECTED = (UNK, EOS, "<formula>", r"@[-,.]@")
+"""What the WikiText tokenizer leaves alone (regular expressions)."""
+
+_CURLY_QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"'))
+_INNER_MARK = re.compile(r"(?<=\d)([.,])(?=\d)")
+_DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_DIGITS_SPELT = str.maketrans({str(digit): f" {name} " for digit, name in enumerate(_DIGIT_NAMES)})
+
+
+def tokenize_raw(text: str, dataset: str) -> list[str]:
+    """Return the tokens of raw text, made by the rule of `dataset`; line breaks are treated like blanks, and no `<eos>` is added.
+
+    wt103: Moses with WikiText's ` @-@ `, ` @,@ `, ` @.@ `. pydoc: the built-in corpus' words. text: blanks separate. text8: 27 characters
+    with `_` for a blank. enwik8: UTF-8 bytes as decimal values, line breaks included. A `ConfigError` for an unknown
+    data set, an `EnvironmentUnfitError` where sacremoses is needed and missing.
+    """
+    return _RULES[get_dataset(dataset).name](text)
+
+
+def raw_lines(text: str, dataset: str) -> list[str]:
+    """Return raw text as the lines of a prepared file of `dataset`: tokens with blanks between, for `corpus.encode_text`.
+
+    One line for each line of the text; text8 has one line only.
+    """
+    if dataset == "text8":
+        return [" ".join(tokenize_raw(text, dataset))]
+    lines = text.split("\n") if dataset == "enwik8" else text.splitlines()
+    return [" ".join(tokenize_raw(line, dataset)) for line in lines]
+
+
+def _wikitext(text: str) -> list[str]:
+    """Tokenise as WikiText was: Moses, line by line, then marks inside numbers set apart."""
+    tokens: list[str] = []
+    for line in text.translate(_CURLY_QUOTES).splitlines():
+        for token in _moses()(line):
+            tokens.extend(_INNER_MARK.sub(r" @\1@ ", token).split() if token[0].isdigit() else [token])
+    return tokens
+
+
+@functools.cache
+def _moses() -> Callable[[str], list[str]]:
+    try:
+        sacremoses = importlib.import_module("sacremoses")
+    except ImportError as error:
+        raise EnvironmentUnfitError(
+            "Raw text becomes WikiText's tokens by the Moses rules, which the package sacremoses holds, and it is not installed.",
+            remedy="Install it with `pip install sacremoses`, or give text that is tokenised already.",
+        ) from error
+    tokenizer = sacremoses.MosesTokenizer(lang="en")
+    return functools.partial(tokenizer.tokenize, aggressive_dash_splits=True, escape=False, protected_patterns=list(PROTECTED))
+
+
+def _text8(text: str) -> list[str]:
+    """Keep 27 characters, as Mahoney's filter does: lower case, digits spelt out, anything else a blank; runs of blanks are one."""
+    letters = re.sub(r"[^a-z]+", " ", re.sub(r"[A-Z]", lambda m: m.group().lower(), text).translate(_DIGITS_SPELT))
+    return list(letters.strip().replace(" ", "_"))
+
+
+def _enwik8(text: str) -> list[str]:
+    return [str(value) for value in text.encode("utf-8", "surrogateescape")]
+
+
+_RULES: Mapping[str, Callable[[str], list[str]]] = MappingProxyType(
+    {"wt103": _wikitext, "pydoc": pydoc.tokenize, "text": str.split, "text8": _text8, "enwik8": _enwik8}
+)
