@@ -77,13 +77,12 @@ def words(count: int) -> list[str]:
 def write_checkpoint(path: Path, config: ModelConfig, *, data: Path | None = None, tgt_len: int = 5, seed: int = 0) -> TransformerXL:
     """Write a checkpoint of a small model with random weights, and return the model."""
     model = build_model(config, seed=seed)
-    settings = {"train": {"eval_tgt_len": tgt_len}, "data": {"data": None if data is None else str(data)}}
     checkpoint = Checkpoint(
         model_config=config,
         model=model.parameters_by_name(),
         vocabulary=Vocabulary(words(config.vocab_size), unit="word"),
         dataset="text",
-        run={"settings": settings, "origin": {}},
+        run={"settings": {"train": {"eval_tgt_len": tgt_len}}, "data_folder": None if data is None else str(data)},
         progress={"step": 0},
     )
     save_checkpoint(path, checkpoint)

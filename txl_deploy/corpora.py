@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from txl_train.data.corpus import Corpus, default_cache_dir, encode_text, load_corpus
 from txl_train.data.datasets import get_dataset
-from txl_train.data.tokenizers import tokenize_raw
+from txl_train.data.tokenizers import raw_lines
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import DataError, UsageError
 
@@ -42,20 +42,14 @@ def open_corpus(model_data: ModelData, *, dataset: str | None, data: Path | None
     return load_corpus(folder, spec, cache_dir=default_cache_dir(), vocabulary=model_data.vocabulary)
 
 
-def encode_manual(model_data: ModelData, texts: Sequence[str], *, dataset: str | None) -> np.ndarray:
+def encode_manual(model_data: ModelData, texts: Sequence[str], *, dataset: str | None) -> npt.NDArray[np.int64]:
     """Tokenise raw text the way the data set was built, and return its ids (int64).
 
     Raises:
         DataError: fewer than two tokens, so that none has a predecessor to be predicted from.
     """
     spec = get_dataset(dataset or model_data.dataset)
-    tokens = tokenize_raw(" ".join(texts), spec.name)
-    ids: np.ndarray = encode_text([" ".join(tokens)], spec, model_data.vocabulary).astype(np.int64)
+    ids = encode_text(raw_lines(" ".join(texts), spec.name), spec, model_data.vocabulary)
     if len(ids) < 2:
         raise DataError("The text has fewer than two tokens, so there is nothing to predict.", remedy="Give more text to `--manual`.")
     return ids
-
-
-def with_folder(model_data: ModelData, folder: str | None) -> ModelData:
-    """Return the same with another folder."""
-    return dataclasses.replace(model_data, folder=folder)

@@ -86,7 +86,9 @@ def open_exported(directory: Path, *, lengths: Lengths | None = None, device: st
         _check_lengths(manifest, lengths, directory)
     vocabulary = Vocabulary.load(manifests.artifact_file(directory, VOCABULARY_FILE))
     if vocabulary.sha256 != manifest.vocabulary_sha256:
-        raise ManifestError(f"{directory} holds another vocabulary than its manifest says.", remedy="Export the checkpoint again with `txl export`.")
+        raise ManifestError(
+            f"{directory} holds another vocabulary than its manifest says.", remedy="Export the checkpoint again with `txl export`."
+        )
     return Opened(runtime, ModelData(manifest.dataset, vocabulary, manifest.data))
 
 

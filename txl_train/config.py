@@ -222,7 +222,16 @@ class TrainConfig:
     """Steps after which evaluation during training stops; none means the whole split."""
 
     def __post_init__(self) -> None:
-        for name in ("max_step", "batch_size", "batch_chunk", "tgt_len", "log_interval", "eval_interval", "eval_batch_size", "eval_tgt_len"):
+        for name in (
+            "max_step",
+            "batch_size",
+            "batch_chunk",
+            "tgt_len",
+            "log_interval",
+            "eval_interval",
+            "eval_batch_size",
+            "eval_tgt_len",
+        ):
             _require(self, name, getattr(self, name) >= 1, "1 or more")
         for name in ("threads", "eval_max_steps"):
             _require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
@@ -279,9 +288,9 @@ def field_docs(cls: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
     for target, text in zip(body.body, body.body[1:]):
-        if isinstance(target, ast.AnnAssign) and isinstance(target.target, ast.Name) and isinstance(text, ast.Expr):
-            if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
-                docs[target.target.id] = text.value.value
+        match target, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(sentence))):
+                docs[name] = sentence
     return docs
 
 

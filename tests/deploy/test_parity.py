@@ -47,7 +47,10 @@ def eager(config: ModelConfig = CONFIG, model: TransformerXL | None = None) -> E
 def with_swapped_layers() -> TransformerXL:
     model = build_model(CONFIG)
     parameters = model.parameters_by_name()
-    swapped = {name.replace("layers.0.", "layers.x.").replace("layers.1.", "layers.0.").replace("layers.x.", "layers.1."): value.clone() for name, value in parameters.items()}
+    swapped = {
+        name.replace("layers.0.", "layers.x.").replace("layers.1.", "layers.0.").replace("layers.x.", "layers.1."): value.clone()
+        for name, value in parameters.items()
+    }
     model.load_parameters(swapped)
     return model
 
@@ -66,13 +69,17 @@ def same(value: Memory) -> Memory:
 
 
 MUTATIONS: dict[str, Callable[[], Runtime]] = {
-    "zero memory instead of an empty one": lambda: Mutated(eager(), lambda m: Memory(m.states, torch.full_like(m.length_B, 7)), torch.clone),
+    "zero memory instead of an empty one": lambda: Mutated(
+        eager(), lambda m: Memory(m.states, torch.full_like(m.length_B, 7)), torch.clone
+    ),
     "memory shifted by one": lambda: Mutated(eager(), lambda m: Memory([s.roll(1, dims=2) for s in m.states], m.length_B), torch.clone),
     "stale memory": lambda: Mutated(eager(), lambda m: Memory([torch.zeros_like(s) for s in m.states], m.length_B), torch.clone),
     "memory of another stream": lambda: Mutated(eager(), lambda m: Memory([s.roll(1, dims=0) for s in m.states], m.length_B), torch.clone),
     "layers swapped": lambda: eager(model=with_swapped_layers()),
     "cluster order reversed": lambda: eager(model=with_clusters_reversed()),
-    "one token off by a thousandth": lambda: Mutated(eager(), same, lambda nll: nll + torch.nn.functional.pad(torch.tensor([[1e-3]]), (2, 2, 1, 1))),
+    "one token off by a thousandth": lambda: Mutated(
+        eager(), same, lambda nll: nll + torch.nn.functional.pad(torch.tensor([[1e-3]]), (2, 2, 1, 1))
+    ),
     "a constant drift below the bound of a token": lambda: Mutated(eager(), same, lambda nll: nll + 3e-5),
     "not a number": lambda: Mutated(eager(), same, lambda nll: nll * math.nan),
 }

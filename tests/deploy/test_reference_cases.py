@@ -29,7 +29,17 @@ LOSS_TOLERANCE = 5e-6
 
 RUNTIMES = ["pytorch", "torchscript", "onnx"]
 QUICK = ["adaptive-004", "adaptive-014"]
-THOROUGH = ["adaptive-000", "adaptive-002", "adaptive-008", "adaptive-010", "adaptive-016", "adaptive-030", "seed2019-002", "divval2nt-090", "text8-110"]
+THOROUGH = [
+    "adaptive-000",
+    "adaptive-002",
+    "adaptive-008",
+    "adaptive-010",
+    "adaptive-016",
+    "adaptive-030",
+    "seed2019-002",
+    "divval2nt-090",
+    "text8-110",
+]
 
 
 def open_runtime(name: str, model: TransformerXL, config: ModelConfig, tgt_len: int, memory: MemoryKind, folder: Path) -> Stepper:

@@ -61,7 +61,14 @@ class BenchSettings:
     boundary: str = "step_device_resident"
 
     def __post_init__(self) -> None:
-        for name, least in (("min_samples", 1), ("max_samples", 1), ("warmup_steps", 1), ("settle_steps", 0), ("duration_s", 0), ("max_duration_s", 0)):
+        for name, least in (
+            ("min_samples", 1),
+            ("max_samples", 1),
+            ("warmup_steps", 1),
+            ("settle_steps", 0),
+            ("duration_s", 0),
+            ("max_duration_s", 0),
+        ):
             value = getattr(self, name)
             if not least <= value < math.inf:
                 raise UsageError(f"`{name}` must be {least} or more, but is {value} instead.")
@@ -125,7 +132,8 @@ def measure(
 
     notes = []
     if fill_steps > workload.steps_per_pass:
-        notes.append(f"the text starts anew every {workload.steps_per_pass} steps, before a memory of {fill_steps} segments is full")
+        period = f"{workload.steps_per_pass} steps" if workload.steps_per_pass > 1 else "step"
+        notes.append(f"the text starts anew every {period}, before a memory of {fill_steps} segments is full")
     if workload.is_padded:
         notes.append("the text does not fill one segment of all streams: part of each step is padding, which tokens_per_s leaves out")
     return verify([lane.row(settings, notes) for lane in lanes])

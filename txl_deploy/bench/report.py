@@ -78,7 +78,12 @@ def group_series(rows: Sequence[Row]) -> list[Series]:
     series = []
     for label, group in zip(labels, groups.values()):
         row = group[0]
-        named: tuple[tuple[dict[str, str], str], ...] = ((RUNTIME_TITLES, row.runtime), ({}, row.provider), (DTYPE_TITLES, row.dtype), (MEMORY_TITLES, row.memory))
+        named: tuple[tuple[dict[str, str], str], ...] = (
+            (RUNTIME_TITLES, row.runtime),
+            ({}, row.provider),
+            (DTYPE_TITLES, row.dtype),
+            (MEMORY_TITLES, row.memory),
+        )
         title = " · ".join(titles.get(name, name) for titles, name in named)
         series.append(Series(label, title, tuple(sorted(group, key=lambda row: row.batch_size))))
     return series
@@ -124,7 +129,6 @@ def format_table(rows: Sequence[Row], percentiles: Sequence[float] = STANDARD_PE
         ["Runtime", "size", "length", "length", "tok/s", "avg ms", *(f"{p:g}%" for p in percentiles), "n", "Perplexity", "Verified"],
     ]
     body: list[list[str]] = []
-    notes: dict[str, None] = {}
     for series in group_series(rows):
         for row in series.rows:
             cells = [series.label.removesuffix(REFERENCE_MARK), str(row.batch_size), str(row.tgt_len), str(row.mem_len)]
@@ -134,7 +138,6 @@ def format_table(rows: Sequence[Row], percentiles: Sequence[float] = STANDARD_PE
                 cells.append(format_ms(row.latency.percentile_ms(p)) + ("*" if doubtful else " "))
             cells += [str(row.latency.n), format_perplexity(row.perplexity), verdict_of(row)]
             body.append(cells)
-            notes |= dict.fromkeys(f"{series.label}, batch size {row.batch_size}: {note}" for note in row.notes)
     widths = [max(len(line[i]) for line in head + body) for i in range(len(head[0]))]
     left_aligned = (0, len(widths) - 1)
 
@@ -148,7 +151,7 @@ def format_table(rows: Sequence[Row], percentiles: Sequence[float] = STANDARD_PE
     lines = [line_of(cells, is_head=True) for cells in head]
     lines.append("-" * max(len(line) for line in lines + [line_of(cells) for cells in body]))
     lines += [line_of(cells) for cells in body]
-    footnotes = [f"* {doubt}" for doubt in doubts(rows, percentiles)] + list(notes)
+    footnotes = [f"* {doubt}" for doubt in doubts(rows, percentiles)] + remarks(rows)
     return "\n".join(lines + (["", *footnotes] if footnotes else []))
 
 
@@ -163,6 +166,15 @@ def doubts(rows: Sequence[Row], percentiles: Sequence[float]) -> list[str]:
             least = f"{bare} are the least, " if min(counts) < bare else ""
             sentences.append(f"p{p:g} from {span} samples: {least}{needed} make it sound.")
     return sentences
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Return the rows' own notes, each once, with the batch sizes it is about."""
+    sizes: dict[str, dict[int, None]] = {}
+    for row in rows:
+        for note in row.notes:
+            sizes.setdefault(note, {})[row.batch_size] = None
+    return [f"{note} (batch size {', '.join(map(str, about))})" for note, about in sizes.items()]
 
 
 # --- what a work folder holds ----------------------------------------------------------------------------------------------------
@@ -488,8 +500,7 @@ def _bench_view(name: str, result: BenchResult, *, suffix: str) -> BenchView:
     if len(batch_sizes) > 1:
         description = "Target tokens per second against the time of a step; the batch size stands at each point; up and left is better."
         charts.append(plots.draw(f"throughput{suffix}", "Throughput against latency", description, plots.throughput_against_latency(lines)))
-    own_notes = {f"{s.label}, batch size {row.batch_size}: {note}": None for s in series for row in s.rows for note in row.notes}
-    return BenchView(name, result, series, batch_sizes, percentiles, charts, doubts(result.rows, percentiles), list(own_notes))
+    return BenchView(name, result, series, batch_sizes, percentiles, charts, doubts(result.rows, percentiles), remarks(result.rows))
 
 
 def _training_chart(training: Training, levels: Mapping[str, float]) -> plots.Chart:

@@ -16,6 +16,7 @@ from txl_train.errors import UsageError, ValidationError
 if TYPE_CHECKING:
     from txl_deploy.opening import Opened
     from txl_deploy.runtimes.base import RuntimeInfo
+    from txl_train.data.corpus import IdArray
     from txl_train.data.segments import Segment, SegmentIterator
     from txl_train.evaluate import EvalResult
 
@@ -37,7 +38,14 @@ RULE = "=" * 100
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, metavar="N", help="Streams read in parallel.")
 @length_options
 @click.option("--max-size", type=click.IntRange(min=1), metavar="N", help="Stop after N segments.  [default: the whole split]")
-@click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Read the split N times, each time from a cold start.")
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Read the split N times, each time from a cold start.",
+)
 @click.option("--target-perplexity", type=float, metavar="X", help="Exit 1 if the perplexity is above X.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write the JSON document to FILE.")
 @device_option
@@ -103,7 +111,14 @@ class _Request:
     """What to score, and how much of it."""
 
     def __init__(
-        self, dataset: str | None, data: Path | None, split: str, manual: tuple[str, ...], batch_size: int, max_size: int | None, repeat: int
+        self,
+        dataset: str | None,
+        data: Path | None,
+        split: str,
+        manual: tuple[str, ...],
+        batch_size: int,
+        max_size: int | None,
+        repeat: int,
     ) -> None:
         self.dataset, self.data, self.split, self.manual = dataset, data, split, manual
         self.batch_size, self.max_size, self.repeat = batch_size, max_size, repeat
@@ -119,7 +134,7 @@ def _evaluate(opened: Opened, request: _Request, as_json: bool) -> dict[str, Any
     spec = get_dataset(request.dataset or opened.model_data.dataset)
     corpus_facts: dict[str, Any] = {"split": request.split}
     if request.manual:
-        ids = encode_manual(opened.model_data, request.manual, dataset=request.dataset)
+        ids: IdArray = encode_manual(opened.model_data, request.manual, dataset=request.dataset)
         corpus_facts = {"split": "manual", "manual": list(request.manual)}
     else:
         corpus = open_corpus(opened.model_data, dataset=request.dataset, data=request.data)
@@ -145,7 +160,9 @@ def _evaluate(opened: Opened, request: _Request, as_json: bool) -> dict[str, Any
                     on_step=lambda done, before=number * per_pass: advance(before + done),  # type: ignore[misc]
                 )
             )
-    document = _document(info, results, request, corpus_facts | {"dataset": spec.name, "vocabulary_sha256": opened.model_data.vocabulary.sha256})
+    document = _document(
+        info, results, request, corpus_facts | {"dataset": spec.name, "vocabulary_sha256": opened.model_data.vocabulary.sha256}
+    )
     if not as_json:
         _print_summary(document, per_character=spec.unit != "word")
     return document
@@ -196,12 +213,9 @@ def _document(info: RuntimeInfo, results: list[EvalResult], request: _Request, c
 
 def _print_summary(document: dict[str, Any], *, per_character: bool) -> None:
     split = "test" if document["split"] == "manual" else document["split"]
-    if per_character:
-        score = f"| {split} bpc {document['bits_per_char']:9.5f} "
-    else:
-        score = f"| {split} ppl {document['perplexity']:9.3f} "
+    figure = f"bpc {document['bits_per_char']:9.5f}" if per_character else f"ppl {document['perplexity']:9.3f}"
     click.echo(f"Time : {document['seconds']:.2f}s, {document['ms_per_segment']:.2f}ms/segment")
     click.echo(RULE)
-    click.echo(f"| {split} loss {document['nll_nats_per_token']:5.2f} {score}")
+    click.echo(f"| {split} loss {document['nll_nats_per_token']:5.2f} | {split} {figure} ")
     click.echo(RULE)
     click.echo(f"Tokens scored: {document['n_tokens']:,}")

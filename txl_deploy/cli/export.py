@@ -14,7 +14,9 @@ from txl_deploy.cli.options import echo_json, json_option, threads_option, verbo
 
 
 @click.command("export")
-@click.option("--checkpoint", "--model", type=click.Path(path_type=Path), required=True, metavar="FILE", help="A checkpoint that `txl train` wrote.")
+@click.option(
+    "--checkpoint", "--model", type=click.Path(path_type=Path), required=True, metavar="FILE", help="A checkpoint that `txl train` wrote."
+)
 @click.option("--format", "format_name", type=click.Choice(["onnx", "torchscript"]), required=True, help="What to write.")
 @click.option("--out", "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to make.")
 @memory_option
@@ -76,7 +78,8 @@ def command(
         )
         return
     settings = exported.manifest.settings
-    click.echo(f"{exported.directory}: {format_name}, fp32, {memory} memory, tgt_len {settings.tgt_len}, mem_len {settings.mem_len}, any batch size")
+    lengths = f"tgt_len {settings.tgt_len}, mem_len {settings.mem_len}, any batch size"
+    click.echo(f"{exported.directory}: {format_name}, fp32, {memory} memory, {lengths}")
     for name, record in exported.manifest.files.items():
         click.echo(f"  {name}  {record.bytes / 1e6:.1f} MB  sha256 {record.sha256[:12]}…")
     if parity is None:

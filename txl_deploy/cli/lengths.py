@@ -13,10 +13,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 def length_options(command: F) -> F:
     """Add `--tgt-len`, `--mem-len`, `--clamp-len` and `--same-length/--no-same-length`; None keeps the model's own."""
     for option in (
-        click.option("--same-length/--no-same-length", default=None, help="Every token attends to the same number of keys.  [default: as trained]"),
-        click.option("--clamp-len", type=int, metavar="N", help="Distances above it share one encoding, in tokens; -1 for no limit.  [default: as trained]"),
-        click.option("--mem-len", type=click.IntRange(min=0), metavar="N", help="Past positions kept per layer, in tokens.  [default: as trained]"),
-        click.option("--tgt-len", type=click.IntRange(min=1), metavar="N", help="Tokens per stream and step.  [default: as evaluated in training]"),
+        click.option(
+            "--same-length/--no-same-length", default=None, help="Every token attends to the same number of keys.  [default: as trained]"
+        ),
+        click.option(
+            "--clamp-len",
+            type=int,
+            metavar="N",
+            help="Distances above it share one encoding, in tokens; -1 for no limit.  [default: as trained]",
+        ),
+        click.option(
+            "--mem-len", type=click.IntRange(min=0), metavar="N", help="Past positions kept per layer, in tokens.  [default: as trained]"
+        ),
+        click.option(
+            "--tgt-len", type=click.IntRange(min=1), metavar="N", help="Tokens per stream and step.  [default: as evaluated in training]"
+        ),
     ):
         command = option(command)
     return command

@@ -16,11 +16,20 @@ if TYPE_CHECKING:
 
 
 @click.command("parity")
-@click.option("--checkpoint", "--model", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The checkpoint, run in eager PyTorch.")
+@click.option(
+    "--checkpoint", "--model", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The checkpoint, run in eager PyTorch."
+)
 @click.option("--artifact", type=click.Path(path_type=Path), required=True, metavar="DIR", help="A folder that `txl export` wrote from it.")
 @data_options
-@click.option("--segments", type=click.IntRange(min=1), metavar="N", help="Segments to run.  [default: twice the receptive field, as far as the text goes]")
-@click.option("--batch-size", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Streams; all but the first are reset once.")
+@click.option(
+    "--segments",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Segments to run.  [default: twice the receptive field, as far as the text goes]",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Streams; all but the first are reset once."
+)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write the JSON document to FILE.")
 @device_option
 @threads_option
@@ -105,15 +114,14 @@ def _print(result: ParityResult) -> None:
     field = result.receptive_field_segments
     reach = "" if result.n_segments >= 2 * field else "; the text is too short for twice that"
     click.echo(
-        f"{result.n_segments} segments of {result.batch_size} streams, {result.n_tokens:,} tokens (receptive field: {field} segments{reach}); "
-        "each side on its own memory, streams reset at different times"
+        f"{result.n_segments} segments of {result.batch_size} streams, {result.n_tokens:,} tokens (receptive field: {field} segments"
+        f"{reach}); each side on its own memory, streams reset at different times"
     )
     click.echo(f"{'segment':>7} {'tokens':>7} {'mean Δnll':>12} {'max |Δnll|':>12} {'memory error':>13}  reset")
     for part in result.segments:
         resets = ",".join(map(str, part.reset_streams))
-        click.echo(
-            f"{part.index:>7} {part.n_tokens:>7} {part.mean_delta_nll:>12.2e} {part.max_abs_delta_nll:>12.2e} {part.memory_error:>13.2e}  {resets}".rstrip()
-        )
+        figures = f"{part.mean_delta_nll:>12.2e} {part.max_abs_delta_nll:>12.2e} {part.memory_error:>13.2e}"
+        click.echo(f"{part.index:>7} {part.n_tokens:>7} {figures}  {resets}".rstrip())
     click.echo(
         f"perplexity {result.perplexity_reference:.6f} and {result.perplexity_candidate:.6f}, "
         f"mean Δnll {result.mean_delta_nll:.2e}, trend {result.slope_per_segment:.1e} nats per segment"

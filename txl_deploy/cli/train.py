@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from txl_deploy.cli.options import DATASETS, echo_json, json_option, verbosity_options
+from txl_deploy.cli.options import echo_json, json_option, verbosity_options
 from txl_train import presets, settings
 from txl_train.config import SECTIONS, field_docs
+from txl_train.data.datasets import DATASETS
 from txl_train.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def setting_options(command: F) -> F:
     for flag, (name, _, sentence) in reversed(_FLAGS.items()):
         command = click.option(flag, f"flag_{flag.strip('-').replace('-', '_')}", is_flag=True, help=f"{sentence} ({name})")(command)
     for section, cls in reversed(SECTIONS.items()):
-        docs = field_docs(cls)
+        config_class: type = cls
+        docs = field_docs(config_class)
         for field in reversed(dataclasses.fields(cls)):
             command = _setting_option(f"{section}.{field.name}", field.default, docs[field.name])(command)
     return command
@@ -104,6 +106,7 @@ def _setting_option(name: str, default: object, sentence: str) -> Callable[[F], 
 @click.pass_context
 def command(
     context: click.Context,
+    /,
     config: str | None,
     assignments: tuple[str, ...],
     restart: str | None,
@@ -124,17 +127,18 @@ def command(
     if resume and restart is not None:
         raise UsageError("Give either `--restart` or `--resume`.")
     restart = _LAST_OF_WORK_DIR if resume else restart
-    if overwrite and restart is not None:
-        raise UsageError("`--overwrite` begins anew, `--restart` continues: give one of them.")
-
     checkpoint: Checkpoint | None = None
+    in_place = False
+    stored: dict[str, dict[str, Any]] | None = None
     if restart is not None:
         first_look = settings.resolve(config, overrides=overrides, assignments=assignments)
-        checkpoint = _load(restart, Path(first_look.config.train.work_dir))
-        overrides = [("work_dir", first_look.config.train.work_dir), *overrides]
-    resolved = settings.resolve(
-        config, stored=None if checkpoint is None else _stored(checkpoint), overrides=overrides, assignments=assignments
-    )
+        path = _checkpoint_path(restart, Path(first_look.config.train.work_dir))
+        checkpoint, stored = _load(path)
+    resolved = settings.resolve(config, stored=stored, overrides=overrides, assignments=assignments)
+    if restart is not None:
+        in_place = path.parent.resolve() == Path(resolved.config.train.work_dir).resolve()
+        if overwrite and in_place:
+            raise UsageError("`--overwrite` deletes the run that `--restart` is to continue: give one of them.")
     if dry_run:
         if as_json:
             echo_json(resolved.to_dict())
@@ -144,7 +148,7 @@ def command(
 
     from txl_train.trainer import train
 
-    result = train(resolved, continue_from=checkpoint, overwrite=overwrite)
+    result = train(resolved, continue_from=checkpoint, in_place=in_place, overwrite=overwrite)
     if as_json:
         echo_json(result.to_dict())
     else:
@@ -172,33 +176,37 @@ def _overrides(options: dict[str, Any]) -> list[tuple[str, Any]]:
     return list(overrides.items())
 
 
-def _load(restart: str, work_dir: Path) -> Checkpoint:
+def _checkpoint_path(restart: str, work_dir: Path) -> Path:
     from txl_train.callbacks import LAST_NAME
-    from txl_train.checkpoint import load_checkpoint
 
     if restart != _LAST_OF_WORK_DIR:
-        return load_checkpoint(restart)
+        return Path(restart)
     last = work_dir / LAST_NAME
     if not last.exists():
         raise UsageError(
             f"There is nothing to continue in {work_dir}: it has no {LAST_NAME}.",
             remedy="Leave `--restart` out to begin, or name a checkpoint.",
         )
-    return load_checkpoint(last)
+    return last
 
 
-def _stored(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Return the settings a checkpoint was trained with; those that are no longer known are named by `resolve`."""
-    if not checkpoint.settings:
-        raise UsageError("This checkpoint does not say how it was trained, so training cannot be continued.", remedy="Train anew.")
-    return checkpoint.settings
+def _load(path: Path) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
+    """Return a checkpoint and the settings it was trained with; its folders are those where the files are now."""
+    from txl_train.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    stored = {section: dict(values) for section, values in checkpoint.settings.items()}
+    if not stored:
+        raise UsageError(f"{path} does not say how it was trained, so training cannot be continued.", remedy="Train anew.")
+    stored["train"]["work_dir"] = str(path.parent)
+    if stored["data"]["data"] is not None:
+        stored["data"]["data"] = checkpoint.data_folder
+    return checkpoint, stored
 
 
 def _summary(result: TrainResult) -> str:
-    folder = result.work_dir
-    lines = [
-        f"{'Stopped' if result.ending in ('sigint', 'sigterm') else 'Finished'} after {result.progress.step:,} steps ({result.ending}) in {folder}"
-    ]
+    verb = "Stopped" if result.ending in ("sigint", "sigterm") else "Finished"
+    lines = [f"{verb} after {result.progress.step:,} steps ({result.ending}) in {result.work_dir}"]
     for split, figures in (("valid", result.valid), ("test", result.test)):
         if figures is not None:
             lines.append(f"{split:<6}{_score(figures, result.char)}")

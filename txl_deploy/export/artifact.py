@@ -111,8 +111,7 @@ def export_artifact(request: ExportRequest) -> Exported:
                 dataset=checkpoint.dataset,
                 data=checkpoint.data_folder,
                 vocabulary_sha256=checkpoint.vocabulary.sha256,
-                versions={"txl": txl_train.__version__}
-                | {name: importlib.metadata.version(name) for name in _PACKAGES[request.format]},
+                versions={"txl": txl_train.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES[request.format]},
                 command=request.command,
             ),
             [*files, VOCABULARY_FILE],
@@ -138,7 +137,9 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     if not out.is_dir() or not (out / manifests.FILE_NAME).exists():
         raise UsageError(f"{out} exists and is no exported model.", remedy="Choose another folder with `--out`.")
     if not overwrite:
-        raise UsageError(f"{out} holds an exported model already.", remedy="Choose another folder with `--out`, or replace it with `--overwrite`.")
+        raise UsageError(
+            f"{out} holds an exported model already.", remedy="Choose another folder with `--out`, or replace it with `--overwrite`."
+        )
 
 
 def _record(spec: TensorSpec) -> manifests.TensorRecord:

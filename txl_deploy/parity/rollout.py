@@ -85,7 +85,9 @@ def default_segments(config: ModelConfig, tgt_len: int) -> int:
     return max(4, 2 * receptive_field_segments(config, tgt_len))
 
 
-def random_segments(config: ModelConfig, *, tgt_len: int, n_segments: int = 6, batch_size: int = BATCH_SIZE, seed: int = 1) -> list[Segment]:
+def random_segments(
+    config: ModelConfig, *, tgt_len: int, n_segments: int = 6, batch_size: int = BATCH_SIZE, seed: int = 1
+) -> list[Segment]:
     """Return segments of uniformly drawn tokens, so that every cluster of the vocabulary is met."""
     generator = np.random.default_rng(seed)
     ids_BN = generator.integers(0, config.vocab_size, (batch_size, n_segments * tgt_len + 1), dtype=np.int64)
@@ -208,7 +210,8 @@ def _judge(worst: float, worst_at: dict[str, int], mean_delta: float, memory_err
         return False, f"the mean nll differs by {mean_delta:.3g} nats, more than {bounds.mean_nll:.0e}"
     if not memory_error <= bounds.memory:
         return False, f"the memories differ by {memory_error:.3g} of their magnitude, more than {bounds.memory:.0e}"
-    return True, f"the worst token differs by {worst:.2g} nats (bound {bounds.token_nll:.0e}), the mean by {abs(mean_delta):.2g} (bound {bounds.mean_nll:.0e})"
+    worst_text = f"the worst token differs by {worst:.2g} nats (bound {bounds.token_nll:.0e})"
+    return True, f"{worst_text}, the mean by {abs(mean_delta):.2g} (bound {bounds.mean_nll:.0e})"
 
 
 def _slope(values: Sequence[float]) -> float:
@@ -234,7 +237,9 @@ def _check_same_lengths(reference: Runtime, candidate: Runtime) -> None:
         if a != b
     ]
     if differing:
-        raise UsageError(f"The two were made for different models or lengths: {'; '.join(differing)}.", remedy="Export the checkpoint again.")
+        raise UsageError(
+            f"The two were made for different models or lengths: {'; '.join(differing)}.", remedy="Export the checkpoint again."
+        )
 
 
 def take(segments: Iterator[Segment], n_segments: int) -> list[Segment]:

@@ -73,9 +73,10 @@ def check_shapes(info: RuntimeInfo, input_ids_BT: Tensor, target_ids_BT: Tensor,
     expected_tokens = (B, info.tgt_len)
     for name, tensor in (("input_ids", input_ids_BT), ("target_ids", target_ids_BT)):
         if tuple(tensor.shape) != expected_tokens or B < 1:
+            length = tensor.shape[-1] if tensor.dim() else 1
             raise ShapeRangeError(
-                f"`{name}` must have shape [batch_size, {info.tgt_len}] for this {info.name} runtime, but has {list(tensor.shape)} instead.",
-                remedy=f"Give segments of {info.tgt_len} tokens, or export again with `--tgt-len {tensor.shape[-1] if tensor.dim() else 1}`.",
+                f"`{name}` of this {info.name} runtime must have shape [batch_size, {info.tgt_len}], but has {list(tensor.shape)} instead.",
+                remedy=f"Give segments of {info.tgt_len} tokens, or export again with `--tgt-len {length}`.",
             )
     if memory.length_B.shape[0] != B or any(state.shape[0] != B for state in memory.states):
         raise ShapeRangeError(f"The memory is of {memory.length_B.shape[0]} streams, but the tokens are of {B}.")

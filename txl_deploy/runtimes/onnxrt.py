@@ -56,7 +56,9 @@ class OnnxRuntime:
                 raise EnvironmentUnfitError(
                     f"ONNX Runtime cannot run {path} on {info.device}: {reason}", remedy="Run `txl doctor`, or use `--device cpu`."
                 ) from error
-            raise ArtifactError(f"ONNX Runtime cannot load {path}: {reason}", remedy="Export it again with `txl export --format onnx`.") from error
+            raise ArtifactError(
+                f"ONNX Runtime cannot load {path}: {reason}", remedy="Export it again with `txl export --format onnx`."
+            ) from error
         provider = self._session.get_providers()[0]
         if provider != wanted:
             raise EnvironmentUnfitError(
@@ -72,7 +74,10 @@ class OnnxRuntime:
         self._somewhere = torch.zeros(1, device=self._device)
 
     def _check_graph(self, path: Path) -> None:
-        for expected, found in ((self._signature.inputs, self._session.get_inputs()), (self._signature.outputs, self._session.get_outputs())):
+        for expected, found in (
+            (self._signature.inputs, self._session.get_inputs()),
+            (self._signature.outputs, self._session.get_outputs()),
+        ):
             if [spec.name for spec in expected] != [argument.name for argument in found]:
                 raise ArtifactError(
                     f"The graph in {path} has other inputs or outputs than its manifest says.", remedy="Export it again with `txl export`."

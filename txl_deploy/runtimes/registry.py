@@ -42,7 +42,8 @@ def resolve_device(device: str) -> str:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise EnvironmentUnfitError(
-            "A GPU was asked for, but PyTorch finds none on this machine.", remedy="Use `--device cpu`, or run `txl doctor` to see what is missing."
+            "A GPU was asked for, but PyTorch finds none on this machine.",
+            remedy="Use `--device cpu`, or run `txl doctor` to see what is missing.",
         )
     return "cuda:0" if device == "cuda" else device
 
@@ -84,7 +85,9 @@ def artifact_config(manifest: Manifest) -> ModelConfig:
     try:
         config = model_config_from_dict(manifest.model)
     except Exception as error:
-        raise ManifestError(f"The manifest holds no valid model configuration: {error}", remedy="Export it again with `txl export`.") from error
+        raise ManifestError(
+            f"The manifest holds no valid model configuration: {error}", remedy="Export it again with `txl export`."
+        ) from error
     return config
 
 

@@ -25,7 +25,9 @@ class TorchScriptRuntime:
                 self._module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=info.device)  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ArtifactError(f"PyTorch cannot load {path}: {reason}", remedy="Export it again with `txl export --format torchscript`.") from error
+            raise ArtifactError(
+                f"PyTorch cannot load {path}: {reason}", remedy="Export it again with `txl export --format torchscript`."
+            ) from error
         self._info = info
         self._cluster_ends = list(info.config.cluster_ends)
 

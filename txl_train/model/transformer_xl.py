@@ -179,7 +179,7 @@ class TransformerXL(nn.Module):
             The hidden states [B, T, D] that enter the softmax, and the memory for the next segment, without gradient.
         """
         config = self.config
-        B, T = input_ids_BT.shape
+        T = input_ids_BT.shape[1]
         positions_CD = relative_positions(config.mem_len + T, config.d_model, config.clamp_len, input_ids_BT.device)
         positions_CD = self.drop(positions_CD.to(self.embedding.weights[0].dtype))
         position_keys = [layer.attention.position_keys(positions_CD) for layer in self.decoder_layers()]

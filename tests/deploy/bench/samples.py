@@ -31,7 +31,9 @@ def rows_of(batch_sizes: Sequence[int] = (1, 2, 4), *, n: int = 40, nll_offset: 
         )
         contenders = [Contender(reference, is_reference=True)] if with_reference else []
         workload = Workload(ids_N=np.arange(2001) % 97, batch_size=batch_size, tgt_len=4, dataset="pydoc", split="test")
-        rows += measure([*contenders, Contender(artifact)], workload, BenchSettings(duration_s=0, min_samples=n, max_samples=n), clock=clock)
+        rows += measure(
+            [*contenders, Contender(artifact)], workload, BenchSettings(duration_s=0, min_samples=n, max_samples=n), clock=clock
+        )
     return rows
 
 

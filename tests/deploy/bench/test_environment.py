@@ -17,7 +17,18 @@ from txl_deploy.bench.environment import describe_environment, git_commit
 
 def test_the_record_holds_what_influences_a_latency():
     record = describe_environment(threads=2)
-    assert {"cpu", "cores", "cpu_governor", "load_average_1min", "memory_gib", "os", "python", "gpus", "git_commit", "time_utc"} <= record.keys()
+    assert {
+        "cpu",
+        "cores",
+        "cpu_governor",
+        "load_average_1min",
+        "memory_gib",
+        "os",
+        "python",
+        "gpus",
+        "git_commit",
+        "time_utc",
+    } <= record.keys()
     assert record["threads"] == 2
     assert record["python"] == platform.python_version()
     assert "numpy" in record["packages"]

@@ -37,15 +37,16 @@ def test_a_sample_is_the_time_from_the_step_to_the_end_of_synchronize():
     assert row.latency.percentile_ms(50) == row.latency.percentile_ms(99) == row.latency.mean_ms == 2.5
 
 
-def test_time_that_passes_between_steps_is_not_measured():
+def test_work_begun_before_a_step_is_not_measured():
     clock = FakeClock()
 
-    class SlowToFetch(FakeRuntime):
+    class SlowToReset(FakeRuntime):
         def initial_memory(self, batch_size):
-            clock.advance_ms(1000)
+            clock.advance_ms(500)
+            self._owed_ms += 500  # still under way when the step comes
             return super().initial_memory(batch_size)
 
-    (row,) = run([SlowToFetch(clock=clock, latency_ms=1.0)], text=text_of(41))
+    (row,) = run([SlowToReset(clock=clock, latency_ms=1.0)], dataclasses.replace(QUICK, settle_steps=0), text_of(41))
     assert row.latency.max_ms == 1.0
 
 
@@ -122,6 +123,9 @@ def test_throughput_counts_target_tokens_over_all_timed_steps():
 def test_padding_counts_neither_as_tokens_nor_as_throughput():
     (row,) = run([FakeRuntime(latency_ms=1.0)], text=text_of(6))  # 5 targets in steps of 8 positions
     assert row.n_tokens == 5 * 30
+    segment = text_of(6).segment(0)
+    nll_BT = 3.0 + (segment.input_ids_BT + 2 * segment.target_ids_BT) % 7 / 10
+    assert row.nll_nats_per_token == pytest.approx(nll_BT[segment.counted_BT].mean(), rel=1e-6)
     assert row.tokens_per_s == pytest.approx(5000)
     assert any("padding" in note for note in row.notes)
 

@@ -10,6 +10,7 @@ import re
 import pytest
 
 from tests.deploy.bench.samples import result_of, rows_of
+from txl_deploy.bench import plots
 from txl_deploy.bench.report import (
     Findings,
     Training,
@@ -31,16 +32,16 @@ from txl_train.errors import ArtifactError, EnvironmentUnfitError, UsageError
 def test_the_table_has_the_specifications_columns_and_one_line_a_row():
     lines = format_table(rows_of()).splitlines()
     assert lines[0].split() == ["Batch", "Seq.", "Memory", "Throughput", "Latency"]
-    assert lines[1].split() == "Runtime size length length tok/s avg ms 50% 90% 95% 99% n Perplexity Verified".split()
+    titles = "Runtime size length length tok/s avg ms 50% 90% 95% 99% n Perplexity Verified"
+    assert lines[1].split() == titles.split()
     body = lines[3:9]
     assert [line.split()[0] for line in body] == ["PyTorch"] * 3 + ["ONNX"] * 3
     assert [line.split()[1] for line in body[:3]] == ["1", "2", "4"]
 
 
 def test_the_tables_columns_are_aligned():
-    lines = format_table(rows_of((1, 32, 512))).splitlines()
-    ends = {line.index(cell) + len(cell) for line, cell in zip(lines[3:6], (" 40 ", " 40 ", " 40 "))}
-    assert len(ends) == 1
+    lines = format_table(rows_of((1, 32, 256))).splitlines()
+    assert {line.index("  40  ") for line in lines[3:9]} == {lines[1].index("   n  ")}
 
 
 def test_a_percentile_from_too_few_samples_is_marked_and_explained():
@@ -51,12 +52,17 @@ def test_a_percentile_from_too_few_samples_is_marked_and_explained():
     assert "* p99 from 100 samples: 459 are the least, 662 make it sound." in text
 
 
+def test_a_note_is_told_once_with_the_batch_sizes_it_is_about():
+    text = format_table(rows_of((1, 512, 600)))
+    assert text.count("part of each step is padding, which tokens_per_s leaves out (batch size 512, 600)") == 1
+
+
 def test_enough_samples_need_no_mark():
     assert "*" not in format_table(rows_of((1,), n=662))
 
 
 def test_only_the_percentiles_asked_for_are_shown():
-    assert format_table(rows_of((1,)), (50, 99)).splitlines()[1].split()[6:8] == ["50%", "99%"]
+    assert format_table(rows_of((1,)), (50, 99)).splitlines()[1].split()[7:10] == ["50%", "99%", "n"]
 
 
 def test_verdicts_stand_in_the_last_column():
@@ -95,7 +101,10 @@ def write_metrics(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-TRAIN = [{"kind": "train", "step": step, "loss_nats_per_token": 6 - step / 100, "perplexity": 1.0, "train_seconds": step} for step in (10, 20, 30)]
+TRAIN = [
+    {"kind": "train", "step": step, "loss_nats_per_token": 6 - step / 100, "perplexity": 1.0, "train_seconds": step}
+    for step in (10, 20, 30)
+]
 VALID = [{"kind": "valid", "step": 30, "nll_nats_per_token": 5.5, "perplexity": 1.0}]
 
 
@@ -131,10 +140,19 @@ def test_a_loss_that_is_not_finite_is_left_out(tmp_path):
 
 @pytest.fixture
 def work_dir(tmp_path):
+    return fill(tmp_path)
+
+
+def fill(tmp_path):
+    """Write one of each file that a report is made of."""
     result_of(rows_of()).write(tmp_path / "benchmark.json")
     write_metrics(tmp_path / "metrics.jsonl", TRAIN + VALID)
-    (tmp_path / "parity-onnx.json").write_text(json.dumps({"passed": True, "reason": "all within bounds", "max_abs_delta_nll": 1e-6, "segments": [{}]}))
-    (tmp_path / "eval-onnx.json").write_text(json.dumps({"runtime": "onnx", "split": "test", "perplexity": 31.5, "n_tokens": 2000, "mem_len": 8}))
+    (tmp_path / "parity-onnx.json").write_text(
+        json.dumps({"passed": True, "reason": "all within bounds", "max_abs_delta_nll": 1e-6, "segments": [{}]})
+    )
+    (tmp_path / "eval-onnx.json").write_text(
+        json.dumps({"runtime": "onnx", "split": "test", "perplexity": 31.5, "n_tokens": 2000, "mem_len": 8})
+    )
     splits = {"train": {"tokens": 12345, "types": 99, "oov": 0}}
     baselines = {"dataset": "pydoc", "splits": splits, "unigram": {"perplexity": 345.25, "split": "test", "n_tokens": 2000}}
     (tmp_path / "baselines.json").write_text(json.dumps(baselines))
@@ -216,7 +234,7 @@ class _Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def page_of(tmp_path_factory):
-    """Return a function that writes a report and parses it, each set of findings drawn once."""
+    """Return a function that writes a report and parses it."""
     pytest.importorskip("matplotlib", reason="needs the extra `report`")
     pytest.importorskip("jinja2", reason="needs the extra `report`")
 
@@ -231,8 +249,13 @@ def page_of(tmp_path_factory):
     return page
 
 
-def test_the_page_is_whole_and_loads_nothing_from_anywhere(page_of, work_dir):
-    page, text, names = page_of(gather(work_dir))
+@pytest.fixture(scope="module")
+def full_page(page_of, tmp_path_factory):
+    return page_of(gather(fill(tmp_path_factory.mktemp("work"))))
+
+
+def test_the_page_is_whole_and_loads_nothing_from_anywhere(full_page):
+    page, text, names = full_page
     assert names == ["report.html", "training.png", "latency.png", "throughput.png"]
     assert page.loads
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.loads)
@@ -241,8 +264,8 @@ def test_the_page_is_whole_and_loads_nothing_from_anywhere(page_of, work_dir):
     assert not re.search(r"https?://|@import|url\(", text)
 
 
-def test_the_page_tells_what_was_measured_whether_to_believe_it_and_how_to_repeat_it(page_of, work_dir):
-    page, _, _ = page_of(gather(work_dir))
+def test_the_page_tells_what_was_measured_whether_to_believe_it_and_how_to_repeat_it(full_page):
+    page, _, _ = full_page
     for expected in (
         "All 6 measurements are of the model that was trained",
         "ONNX Runtime · fake · FP32 · key/value memory",
@@ -301,9 +324,10 @@ def test_what_comes_from_files_is_escaped(page_of):
     assert "<script" not in text
 
 
-def test_reports_of_the_same_findings_are_the_same_bytes(page_of):
-    found = Findings(benches=[("b.json", result_of(rows_of((1,))))])
-    assert page_of(found)[1] == page_of(found)[1]
+def test_the_same_chart_is_the_same_bytes():
+    pytest.importorskip("matplotlib", reason="needs the extra `report`")
+    paint = plots.latency_over_batch([plots.LatencyLine("a", [1], [1.0], [2.0], [64e3])])
+    assert plots.draw("n", "t", "d", paint) == plots.draw("n", "t", "d", paint)
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])

@@ -151,7 +151,9 @@ def test_a_wrong_input_is_one_message_with_its_exit_code(exports: Exports, tmp_p
         if torch.cuda.is_available():
             pytest.skip("there is a GPU")
     content = exports.checkpoint.read_bytes()
-    (tmp_path / "changed.pt").write_bytes(content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :])
+    (tmp_path / "changed.pt").write_bytes(
+        content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+    )
     (tmp_path / "short.pt").write_bytes(content[: len(content) // 2])
     (tmp_path / "empty").mkdir()
     for split in ("train", "valid", "test"):

@@ -35,7 +35,12 @@ def test_export_json_is_one_document_with_the_checksums(exports: Exports, tmp_pa
 
 def test_a_clamp_of_minus_one_turns_clamping_off(tmp_path: Path, capsys: Capture) -> None:
     write_checkpoint(tmp_path / "c.pt", small_config(clamp_len=4))
-    assert main(["export", "--checkpoint", str(tmp_path / "c.pt"), "--format", "torchscript", "--out", str(tmp_path / "a"), "--clamp-len", "-1"]) == 0
+    assert (
+        main(
+            ["export", "--checkpoint", str(tmp_path / "c.pt"), "--format", "torchscript", "--out", str(tmp_path / "a"), "--clamp-len", "-1"]
+        )
+        == 0
+    )
     assert read_manifest(tmp_path / "a").settings.clamp_len is None
 
 
@@ -61,7 +66,9 @@ def test_an_artifact_of_another_checkpoint_fails_with_1(exports: Exports, tmp_pa
     assert "was not made from" in capsys.readouterr().err
 
 
-def test_a_runtime_that_computes_something_else_fails_with_1_and_says_where(exports: Exports, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_that_computes_something_else_fails_with_1_and_says_where(
+    exports: Exports, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from txl_deploy.runtimes.torchscript import TorchScriptRuntime
 
     real = TorchScriptRuntime.initial_memory

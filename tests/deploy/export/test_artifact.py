@@ -56,7 +56,9 @@ def test_a_folder_that_is_no_artifact_is_never_replaced(exports: Exports, tmp_pa
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_an_export_that_computes_something_else_leaves_nothing_behind(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_computes_something_else_leaves_nothing_behind(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def with_a_wrong_bias(step: InferenceStep, folder: Path) -> list[str]:
         with torch.no_grad():
             step.head.cluster_bias[0] += 0.5

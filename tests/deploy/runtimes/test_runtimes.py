@@ -27,7 +27,9 @@ def open_named(exports: Exports, name: str) -> Runtime:
 
 def segments_of(runtime: Runtime, batch_size: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ids = torch.from_numpy(random_ids(runtime.info.config, batch_size, count * TGT_LEN + 1))
-    return [(ids[:, i : i + TGT_LEN].contiguous(), ids[:, i + 1 : i + TGT_LEN + 1].contiguous()) for i in range(0, count * TGT_LEN, TGT_LEN)]
+    return [
+        (ids[:, i : i + TGT_LEN].contiguous(), ids[:, i + 1 : i + TGT_LEN + 1].contiguous()) for i in range(0, count * TGT_LEN, TGT_LEN)
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
