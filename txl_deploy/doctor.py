@@ -256,7 +256,13 @@ def _judge_torch(check: Check, gpus: list[dict[str, str]]) -> Check:
     for name, capability in zip(seen, check.facts.get("capabilities") or []):
         if known and not _runs_on(capability, known):
             found = f"{found}, which has no code for the {name} ({capability})"
-            return Check(check.name, "warning", found, "pip install 'torch==2.10.0'" if capability == "sm_70" else None, check.facts)
+            return Check(
+                check.name,
+                "warning",
+                found,
+                "pip install 'torch==2.10.0'" if capability == "sm_70" else f"pip install --upgrade '{requirement('torch')}'",
+                check.facts,
+            )
     return Check(check.name, "ok", f"{found}, {', '.join(seen)}", facts=check.facts)
 
 

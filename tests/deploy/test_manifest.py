@@ -155,6 +155,19 @@ def test_what_is_no_manifest_is_refused(artifact: Path, text: str) -> None:
         read_manifest(artifact)
 
 
+def test_a_key_that_stands_twice_is_refused_though_the_checksum_fits(artifact: Path) -> None:
+    path = artifact / FILE_NAME
+    path.write_text(path.read_text().replace('"format": "onnx"', '"format": "torchscript", "format": "onnx"'))
+    with pytest.raises(ManifestError, match="a key stands in it twice"):
+        read_manifest(artifact)
+
+
+def test_a_number_that_is_none_is_refused_though_the_checksum_fits(artifact: Path) -> None:
+    edit(artifact, "model", value={"dropout": float("nan")})
+    with pytest.raises(ManifestError, match="NaN is no JSON number"):
+        read_manifest(artifact)
+
+
 def test_bytes_that_are_not_utf8_are_refused(artifact: Path) -> None:
     (artifact / FILE_NAME).write_bytes(b"\xff\xfe{}")
     with pytest.raises(ManifestError, match="cannot be read"):

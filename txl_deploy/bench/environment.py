@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ _SYS_CPU = Path("/sys/devices/system/cpu")
 def describe_environment(*, threads: int | None = None, device: str = "cpu") -> dict[str, Any]:
     """Return what influences a latency on this machine, as plain values.
 
-    `threads` is the number asked for (None: the frameworks' own choice), `device` where the runtimes compute. Takes about a tenth of a
-    second, so it is called before or after measuring, not during.
+    `threads` is the number asked for (None: the frameworks' own choice), `device` where the runtimes compute. Takes about half a
+    second, in which it also looks how busy others keep the processors, so it is called before measuring.
     """
     return {
         "time_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -42,6 +43,7 @@ def describe_environment(*, threads: int | None = None, device: str = "cpu") -> 
         "cores_usable": _usable_cores(),
         "cpu_governor": _read(_SYS_CPU / "cpu0" / "cpufreq" / "scaling_governor"),
         "load_average_1min": _load_average(),
+        "cpu_busy_before": _cpu_busy(),
         "memory_gib": _memory_gib(),
         "threads": threads,
         "thread_settings": {k: os.environ[k] for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS") if k in os.environ},
@@ -96,6 +98,28 @@ def _load_average() -> float | None:
     with contextlib.suppress(AttributeError, OSError):
         return round(os.getloadavg()[0], 2)
     return None
+
+
+def _cpu_busy(seconds: float = 0.3) -> float | None:
+    """Return the share of all processors' time that others use while this process sleeps, 0..1.
+
+    The load average would not do: it remembers for minutes what this process' predecessors have computed.
+    """
+    before = _cpu_ticks()
+    time.sleep(seconds)
+    after = _cpu_ticks()
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    return round((after[0] - before[0]) / (after[1] - before[1]), 3)
+
+
+def _cpu_ticks() -> tuple[int, int] | None:
+    """Return (busy, all) ticks of all processors since the start of the system."""
+    fields = (_read(_PROC / "stat") or "").partition("\n")[0].split()
+    if len(fields) < 6 or fields[0] != "cpu" or not all(field.isdigit() for field in fields[1:]):
+        return None
+    ticks = [int(field) for field in fields[1:9]]  # user nice system idle iowait irq softirq steal; guests are within user
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def _memory_gib() -> float | None:

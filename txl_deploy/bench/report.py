@@ -26,6 +26,9 @@ DTYPE_TITLES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
 REFERENCE_MARK = " (reference)"
 MEMORY_TITLES = {"kv": "key/value memory", "hidden": "hidden-state memory"}
 
+BUSY_SHARE = 0.1
+"""Share of the processors' time used by others above which a measurement is called disturbed."""
+
 # --- rows, named and grouped -----------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +171,14 @@ def doubts(rows: Sequence[Row], percentiles: Sequence[float]) -> list[str]:
     return sentences
 
 
+def disturbances(environment: Mapping[str, Any]) -> list[str]:
+    """Return what about the machine spoils a measurement: processors that others kept busy."""
+    busy = environment.get("cpu_busy_before")
+    if not isinstance(busy, (int, float)) or busy <= BUSY_SHARE:
+        return []
+    return [f"Other processes kept {busy:.0%} of the processors' time busy when measuring began: latencies are longer and scatter more."]
+
+
 def remarks(rows: Sequence[Row]) -> list[str]:
     """Return the rows' own notes, each once, with the batch sizes it is about."""
     sizes: dict[str, dict[int, None]] = {}
@@ -304,6 +315,15 @@ def _read_object(path: Path) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
+class Speedup:
+    """How many times faster one median is than another."""
+
+    times: float
+    is_clear: bool
+    """True if the 95 % intervals of the two medians do not overlap."""
+
+
+@dataclass(frozen=True)
 class BenchView:
     """One result as the page shows it."""
 
@@ -317,16 +337,36 @@ class BenchView:
     notes: list[str]
 
     @property
+    def headline(self) -> str:
+        """What was measured where and when, in one line, as far as the result says."""
+        workload, environment = self.result.workload, self.result.environment
+        gpus = environment.get("gpus")
+        parts = [
+            ", ".join(f"{workload[key]}{unit}" for key, unit in (("dataset", ""), ("split", " split")) if workload.get(key)),
+            *(str(gpu["name"]) for gpu in (gpus if isinstance(gpus, list) else []) if isinstance(gpu, Mapping) and "name" in gpu),
+            str(environment.get("cpu") or "unknown processor"),
+            *(_counted(environment.get(key), word) for key, word in (("cores_usable", "core"), ("threads", "thread"))),
+            str(environment.get("time_utc") or "")[:10],
+        ]
+        return " · ".join(part for part in parts if part)
+
+    @property
     def baseline(self) -> Series:
         """The series that speeds are compared with: the reference, or else the first."""
         return next((series for series in self.series if series.is_reference), self.series[0])
 
-    def speedup(self, series: Series, batch_size: int) -> float | None:
-        """Return how many times faster than the baseline's a series' median step is at a batch size."""
+    def speedup(self, series: Series, batch_size: int) -> Speedup | None:
+        """Return how a series' median step compares with the baseline's at a batch size; None for the baseline itself or what lacks."""
         row, base = series.at(batch_size), self.baseline.at(batch_size)
         if row is None or base is None or series is self.baseline:
             return None
-        return base.latency.percentile_ms(50) / row.latency.percentile_ms(50)
+        mine, other = (r.latency.interval_ms(50) for r in (row, base))
+        apart = mine is not None and other is not None and (mine[1] < other[0] or other[1] < mine[0])
+        return Speedup(base.latency.percentile_ms(50) / row.latency.percentile_ms(50), apart)
+
+
+def _counted(count: object, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}" if isinstance(count, int) else ""
 
 
 def write_report(found: Findings, out: Path) -> list[Path]:
@@ -384,6 +424,7 @@ def render_page(found: Findings, benches: Sequence[BenchView], training_charts: 
         rows=rows,
         failed=[(series.label, row) for bench in benches for series in bench.series for row in series.rows if row.verified is False],
         unchecked=[row for row in rows if row.verified is None],
+        disturbances=[sentence for bench in benches for sentence in disturbances(bench.result.environment)],
         boundaries=BOUNDARIES,
         percentile_rule=PERCENTILE_RULE,
         minimum_samples=minimum_samples,
@@ -500,7 +541,16 @@ def _bench_view(name: str, result: BenchResult, *, suffix: str) -> BenchView:
     if len(batch_sizes) > 1:
         description = "Target tokens per second against the time of a step; the batch size stands at each point; up and left is better."
         charts.append(plots.draw(f"throughput{suffix}", "Throughput against latency", description, plots.throughput_against_latency(lines)))
-    return BenchView(name, result, series, batch_sizes, percentiles, charts, doubts(result.rows, percentiles), remarks(result.rows))
+    return BenchView(
+        name,
+        result,
+        series,
+        batch_sizes,
+        percentiles,
+        charts,
+        doubts(result.rows, percentiles),
+        disturbances(result.environment) + remarks(result.rows),
+    )
 
 
 def _training_chart(training: Training, levels: Mapping[str, float]) -> plots.Chart:
@@ -549,9 +599,9 @@ def _tiles(found: Findings, benches: Sequence[BenchView]) -> list[tuple[str, str
             series, row = quick
             tiles.append((f"ms a step, batch size {smallest}", format_ms(row.latency.percentile_ms(50)), f"median, {series.label}"))
             gain = bench.speedup(series, smallest)
-            if gain is not None:
+            if gain is not None and gain.is_clear:
                 rival = RUNTIME_TITLES.get(bench.baseline.rows[0].runtime, bench.baseline.label)
-                tiles.append((f"speed against {rival}", f"{gain:.2f}×", f"{series.label}, batch size {smallest}"))
+                tiles.append((f"speed against {rival}", f"{gain.times:.2f}×", f"{series.label}, batch size {smallest}"))
         most = max(sound, key=lambda pair: pair[1].tokens_per_s, default=None)
         if most is not None:
             tiles.append(("tokens per second, most", f"{most[1].tokens_per_s:,.0f}", f"{most[0].label}, batch size {most[1].batch_size}"))

@@ -115,9 +115,16 @@ class LatencySummary:
 
     def percentile_ms(self, p: float) -> float:
         """Return the p-th percentile; KeyError if it is not among those computed."""
+        return self._estimate(p).value_ms
+
+    def interval_ms(self, p: float) -> tuple[float, float] | None:
+        """Return the 95 % interval of the p-th percentile, None if the samples are too few; KeyError if it is not among those computed."""
+        return self._estimate(p).interval_ms
+
+    def _estimate(self, p: float) -> PercentileEstimate:
         for estimate in self.percentiles:
             if estimate.p == p:
-                return estimate.value_ms
+                return estimate
         raise KeyError(p)
 
     def to_row(self) -> dict[str, Any]:

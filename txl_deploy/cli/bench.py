@@ -128,7 +128,7 @@ def command(
     """
     from txl_deploy.bench.environment import describe_environment
     from txl_deploy.bench.harness import BenchSettings
-    from txl_deploy.bench.report import format_table
+    from txl_deploy.bench.report import disturbances, format_table
     from txl_deploy.bench.result import BenchResult
     from txl_deploy.bench.stats import STANDARD_PERCENTILES, parse_percentiles
     from txl_deploy.bench.workload import Workload, parse_batch_sizes
@@ -175,6 +175,8 @@ def command(
         click.echo(result.to_json())
     else:
         click.echo(format_table(result.rows, settings.percentiles))
+        for sentence in disturbances(environment):
+            click.echo(sentence)
         click.echo(f"\n{_conclusion(result)}")
         if out is None:
             click.echo("The samples were not kept; `--out FILE` writes them.", err=True)

@@ -6,7 +6,6 @@ stands in their own files; what their options share stands in `options`.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import logging
@@ -102,10 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if stream is not None:
                 stream.flush()
     except BrokenPipeError:
-        _discard_output()
         return EXIT_BROKEN_PIPE
     except OSError as error:  # the last flush: a full disk, mostly
-        _discard_output()
         click.echo(f"Error: The result could not be written: {error.strerror}.", err=True)
         return EnvironmentUnfitError.exit_code
     return code
@@ -170,11 +167,3 @@ def _as_txl_error(error: Exception) -> TxlError | None:
 
 def _print_error(text: str) -> None:
     click.echo(f"Error: {text}", err=True)
-
-
-def _discard_output() -> None:
-    """Let what is still buffered go nowhere, or the interpreter complains about it while it exits."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no such stream, or not a real file
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)

@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -116,15 +116,15 @@ def set_up_logging(level: int = 0) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING if level > 0 else logging.ERROR)
 
 
-class _StderrHandler(logging.StreamHandler[TextIO]):
+class _StderrHandler(logging.Handler):
     """Writes to what `sys.stderr` is at that moment: a progress bar puts itself there to keep below the log lines."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:  # type: ignore[override]  # typeshed has an attribute; logging itself does the same in its last resort
-        return sys.stderr
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
 
 
 class _Formatter(logging.Formatter):

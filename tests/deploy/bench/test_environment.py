@@ -48,8 +48,21 @@ def test_a_machine_that_tells_nothing_is_no_error(monkeypatch, tmp_path):
     for name in ("getloadavg", "sched_getaffinity", "sysconf"):
         monkeypatch.delattr(environment.os, name, raising=False)
     record = describe_environment()
-    assert record["cpu_governor"] is record["load_average_1min"] is record["memory_gib"] is record["git_commit"] is None
+    assert (
+        record["cpu_governor"]
+        is record["cpu_busy_before"]
+        is record["load_average_1min"]
+        is record["memory_gib"]
+        is record["git_commit"]
+        is None
+    )
     assert record["gpus"] == []
+
+
+def test_the_share_of_time_that_others_use_is_read_from_the_systems_ticks(monkeypatch):
+    states = iter(["cpu  100 0 50 800 50 0 0 0 0 0\ncpu0 1", "cpu  130 0 60 850 60 0 0 0 0 0\ncpu0 1"])
+    monkeypatch.setattr(environment, "_read", lambda path: next(states) if path.name == "stat" else None)
+    assert describe_environment()["cpu_busy_before"] == 0.4  # 40 of 100 ticks, idle and waiting for disks left out
 
 
 def test_a_gpu_is_described_as_its_driver_does(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import html.parser
 import json
 import re
@@ -14,6 +15,7 @@ from txl_deploy.bench import plots
 from txl_deploy.bench.report import (
     Findings,
     Training,
+    disturbances,
     flat_facts,
     format_ms,
     format_perplexity,
@@ -24,6 +26,7 @@ from txl_deploy.bench.report import (
     scores,
     write_report,
 )
+from txl_deploy.bench.stats import LatencySummary
 from txl_train.errors import ArtifactError, EnvironmentUnfitError, UsageError
 
 # --- the table -------------------------------------------------------------------------------------------------------------------
@@ -57,6 +60,13 @@ def test_a_note_is_told_once_with_the_batch_sizes_it_is_about():
     assert text.count("part of each step is padding, which tokens_per_s leaves out (batch size 512, 600)") == 1
 
 
+@pytest.mark.parametrize(("busy", "count"), [(None, 0), (0.05, 0), (0.5, 1)])
+def test_processors_that_others_keep_busy_are_told(busy, count):
+    sentences = disturbances({"cpu_busy_before": busy})
+    assert len(sentences) == count
+    assert all("50%" in sentence for sentence in sentences)
+
+
 def test_enough_samples_need_no_mark():
     assert "*" not in format_table(rows_of((1,), n=662))
 
@@ -87,8 +97,6 @@ def test_perplexities_are_written_like_the_specifications(value, text):
 
 def test_labels_name_only_what_tells_series_apart():
     assert [series.label for series in group_series(rows_of((1,)))] == ["PyTorch (reference)", "ONNX Runtime"]
-    import dataclasses
-
     onnx = rows_of((1,))[1]
     twice = [onnx, dataclasses.replace(onnx, memory="hidden"), dataclasses.replace(onnx, dtype="fp16")]
     assert [series.label for series in group_series(twice)] == ["ONNX Runtime FP32 kv", "ONNX Runtime FP32 hidden", "ONNX Runtime FP16"]
@@ -270,7 +278,7 @@ def test_the_page_tells_what_was_measured_whether_to_believe_it_and_how_to_repea
         "All 6 measurements are of the model that was trained",
         "ONNX Runtime · fake · FP32 · key/value memory",
         "Throughput Avg (tok/s)",
-        "A processor",
+        "pydoc, test split · A processor · 2 cores · 1 thread · 2026-01-01",
         "step_device_resident",
         "txl bench --artifact W/onnx --out W/benchmark.json",
         "all within bounds",
@@ -293,6 +301,32 @@ def test_rows_that_were_not_checked_are_not_called_verified(page_of):
     page, _, _ = page_of(Findings(benches=[("b.json", result_of(rows_of((1,), with_reference=False)))]))
     assert "1 of 1 measurements were not checked" in page.text
     assert "are of the model that was trained" not in page.text
+
+
+def test_a_disturbed_measurement_is_told_beside_the_verdict(page_of):
+    result = dataclasses.replace(
+        result_of(rows_of((1,))), environment={"cpu": "A", "cores_usable": 1, "threads": 1, "gpus": [], "cpu_busy_before": 0.9}
+    )
+    page, _, _ = page_of(Findings(benches=[("b.json", result)]))
+    assert "Other processes kept 90%" in page.text[: page.text.index("Speed")]
+
+
+@pytest.mark.parametrize("environment", [{}, {"gpus": "none", "cpu": None, "threads": "two", "time_utc": 5}])
+def test_a_result_that_says_little_of_its_machine_is_shown_nevertheless(page_of, environment):
+    result = dataclasses.replace(result_of(rows_of((1,))), environment=environment, workload={}, settings={"percentiles": 7})
+    page, _, _ = page_of(Findings(benches=[("b.json", result)]))
+    assert "unknown processor" in page.text
+
+
+def test_a_speedup_is_clear_only_where_the_medians_intervals_lie_apart(page_of):
+    reference, onnx = rows_of((1,))
+
+    def row_with(samples):
+        return dataclasses.replace(onnx, samples_ms=tuple(samples), latency=LatencySummary.of(samples))
+
+    for samples, expected in (([1.0, 1.1] * 20, "faster"), ([9.0, 9.1] * 20, "slower"), ([1.0] * 19 + [9.0] * 21, "unclear")):
+        _, text, _ = page_of(Findings(benches=[("b.json", result_of([reference, row_with(samples)]))]))
+        assert f'class="gain {expected}"' in text
 
 
 def test_one_batch_size_needs_no_curve_over_batch_sizes(page_of):

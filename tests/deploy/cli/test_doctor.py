@@ -120,6 +120,7 @@ def test_both_builds_of_onnxruntime_are_one_too_many(monkeypatch: pytest.MonkeyP
             "no code for the V100",
         ),
         ({"cuda": "13.0", "gpus": ["T4"], "capabilities": ["sm_75"], "architectures": ["sm_75", "sm_90"]}, "ok", "CUDA 13.0, T4"),
+        ({"cuda": "13.0", "gpus": ["A10"], "capabilities": ["sm_86"], "architectures": ["sm_75"]}, "warning", "no code for the A10"),
         ({"cuda": "13.0", "gpus": ["L4"], "capabilities": ["sm_89"], "architectures": ["sm_80", "sm_90"]}, "ok", "L4"),
         ({"cuda": "13.0", "gpus": ["B200"], "capabilities": ["sm_100"], "architectures": ["sm_90", "compute_90"]}, "ok", "B200"),
     ],

@@ -22,6 +22,7 @@ import txl_train
 from txl_deploy.cli import main as main_module
 from txl_deploy.cli.main import COMMANDS, cli, main
 from txl_deploy.cli.options import echo_json, set_up_logging, verbosity_options
+from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import CheckpointError, DataError, EnvironmentUnfitError, TxlError, ValidationError
 
 START = "import sys; from txl_deploy.cli.main import main; sys.exit(main())"
@@ -216,7 +217,7 @@ class TestAsAProcess:
             "from txl_deploy.cli import main as m\n"
             "module = sys.modules['txl_try'] = types.ModuleType('txl_try')\n"
             "def body():\n"
-            "    for i in range(100000): click.echo('a line of text')\n"
+            "    for i in range(100000): print('a line of text')\n"
             "module.command = click.Command('try', callback=body)\n"
             "m.COMMANDS['try'] = ('txl_try:command', 'x')\n"
             "sys.exit(m.main(['try']))\n"
@@ -241,12 +242,12 @@ class TestAsAProcess:
         assert "No space left on device" in done.stderr
         assert "Traceback" not in done.stderr
 
-    def test_a_terminal_without_the_characters_gets_them_escaped(self) -> None:
-        done = in_a_process(
-            "data", "stats", "--data", "/nowhere/\u2192", "--dataset", "text", env={**os.environ, "PYTHONIOENCODING": "ascii"}
-        )
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
+    def test_a_terminal_without_the_characters_gets_them_escaped(self, tmp_path: Path) -> None:
+        vocabulary = tmp_path / "vocabulary.json"
+        Vocabulary(["→"], unit="word").save(vocabulary)
+        done = in_a_process("inspect", str(vocabulary), env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+        assert done.returncode == 0, done.stderr
+        assert "\\u2192" in done.stdout
 
     def test_ctrl_c_during_work(self) -> None:
         program = (

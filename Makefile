@@ -1,0 +1,66 @@
+# Each target does all of its own set-up in $(VENV): `make demo` and `make test` work in a fresh clone.
+#   make PYTHON=python3.12 test    another interpreter, 3.10 to 3.13
+#   make CONSTRAINTS= test         the newest versions that setup.cfg allows rather than the tested ones
+# Without a GPU, PyTorch's small CPU build is enough:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+DEMO_DIR ?= demo-run
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PACKAGING := setup.cfg pyproject.toml $(CONSTRAINTS)
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint type coverage bench install clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed ## train, evaluate, export, check, measure and report on a small built-in corpus, in a few minutes
+	@PATH="$(abspath $(BIN)):$$PATH" benchmarks/demo.sh "$(DEMO_DIR)"
+
+bench: $(VENV)/.installed ## measure the newest demo's models long enough for a sound p99; runs the demo first where there is none
+	@PATH="$(abspath $(BIN)):$$PATH" benchmarks/bench.sh "$(DEMO_DIR)"
+
+test: lint type ## lint, types and the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed-dev ## the test suite without its slow tests
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff: rules and format
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check --quiet .
+
+type: $(VENV)/.installed-dev ## mypy --strict on both packages
+	$(BIN)/python -m mypy
+
+coverage: $(VENV)/.installed-dev ## the test suite, with the lines it does not reach
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+install: $(VENV)/.installed-dev ## everything for development, into .venv
+
+clean: ## remove .venv, caches, build products and demo runs
+	rm -rf .venv demo-run build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	find txl_train txl_deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON). Install Python 3.10 to 3.13, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit("txl needs Python 3.10 to 3.13, but $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2])'
+	"$(PYTHON)" -m venv "$(VENV)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made $(PACKAGING)
+	@echo "Installing txl and what it needs into $(VENV). The first time takes a minute or more."
+	$(PIP_INSTALL) --editable '.[onnx,report]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.made $(PACKAGING)
+	@echo "Installing txl and its development tools into $(VENV). The first time takes a minute or more."
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
