@@ -27,4 +27,4 @@ if [ -z "$W" ]; then
 fi
 run txl bench --checkpoint "$W/checkpoint_best.pt" --artifact "$W/torchscript" --artifact "$W/onnx" \
     --batch-sizes 1..32 --out "$W/benchmark-full.json"
-run txl report --work-dir "$W"
+run txl report --work-dir "$W" --bench "$W/benchmark-full.json"

@@ -28,7 +28,7 @@ for format in torchscript onnx; do
     run txl parity --checkpoint "$W/checkpoint_best.pt" --artifact "$W/$format" --out "$W/parity-$format.json"
 done
 run txl bench --checkpoint "$W/checkpoint_best.pt" --artifact "$W/torchscript" --artifact "$W/onnx" \
-    --batch-sizes 1..32 --out "$W/benchmark.json"
+    --batch-sizes 1..32 --duration 2 --max-duration 4 --out "$W/benchmark.json"
 run txl report --work-dir "$W"
 
 echo

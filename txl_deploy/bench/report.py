@@ -158,6 +158,25 @@ def format_table(rows: Sequence[Row], percentiles: Sequence[float] = STANDARD_PE
     return "\n".join(lines + (["", *footnotes] if footnotes else []))
 
 
+def format_summary(found: Findings) -> str:
+    """Return for a terminal what the page shows first: the tables of latency, perplexities of whole splits, verdicts of parity."""
+    parts = [format_table(result.rows, result.percentiles) for _, result in found.benches]
+    listed = scores(found)
+    if listed:
+        head = f"{'Perplexity of a whole split':<28}{'split':>7}{'perplexity':>12}{'tokens':>12}"
+        lines = [
+            f"{score.model:<28}{score.split:>7}{format_perplexity(score.perplexity):>12}{score.n_tokens or 0:>12,}" for score in listed
+        ]
+        parts.append("\n".join([head, "-" * len(head), *lines]))
+    verdicts = [
+        f"Parity {'passed' if document.get('passed') is True else 'FAILED'}: {document.get('runtime', name)}: {document.get('reason', '')}"
+        for name, document in found.parities
+    ]
+    if verdicts:
+        parts.append("\n".join(verdicts))
+    return "\n\n".join(parts)
+
+
 def doubts(rows: Sequence[Row], percentiles: Sequence[float]) -> list[str]:
     """Return one sentence for each percentile that some row has too few samples for."""
     sentences = []

@@ -41,11 +41,11 @@ from txl_train.errors import UsageError
 @json_option
 @verbosity_options
 def command(work_dir: Path | None, bench_files: tuple[Path, ...], metrics: Path | None, out: Path | None, as_json: bool) -> None:
-    """Write one self-contained HTML page, and its charts as PNG files beside it.
+    """Write one self-contained HTML page, and its charts as PNG files beside it; the tables go to standard output too.
 
     The page shows what was measured, on what, whether to believe it, and the command that measures it again.
     """
-    from txl_deploy.bench.report import gather, write_report
+    from txl_deploy.bench.report import format_summary, gather, write_report
 
     if work_dir is None and out is None:
         if not bench_files and metrics is None:
@@ -55,9 +55,13 @@ def command(work_dir: Path | None, bench_files: tuple[Path, ...], metrics: Path 
             )
         raise UsageError("It is not said where the page is to go.", remedy="Name it with `--out FILE`.")
     target = out if out is not None else (work_dir or Path()) / "report.html"
-    page, *charts = write_report(gather(work_dir, bench_files, metrics), target)
+    found = gather(work_dir, bench_files, metrics)
+    page, *charts = write_report(found, target)
     if as_json:
         echo_json({"report": str(page), "charts": [str(path) for path in charts]})
     else:
+        summary = format_summary(found)
+        if summary:
+            click.echo(f"{summary}\n")
         for path in (page, *charts):
             click.echo(path)
