@@ -1,0 +1,154 @@
+"""LAMB: the algorithm on numbers that can be checked by hand, and both ways of computing it against each other."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from txl_train.config import OptimConfig
+from txl_train.errors import ConfigError
+from txl_train.optim.build import build_optimizer
+from txl_train.optim.lamb import Lamb
+
+
+def weight_with_gradient(values: list[float], gradient: list[float]) -> nn.Parameter:
+    weight = nn.Parameter(torch.tensor(values))
+    weight.grad = torch.tensor(gradient)
+    return weight
+
+
+def test_the_first_step_moves_by_lr_times_the_weights_norm() -> None:
+    # m = 0.1 g and v = 0.001 g², so every u is 0.1/sqrt(0.001) = 3.162 in size, whatever g is; |u| divides it out again
+    weight = weight_with_gradient([3.0, 4.0], [1.0, -100.0])
+
+    Lamb([weight], lr=0.01).step()
+
+    moved = 0.01 * 5.0 / math.sqrt(2)
+    torch.testing.assert_close(weight.detach(), torch.tensor([3.0 - moved, 4.0 + moved]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_a_weight_of_zeros_moves_with_trust_one(foreach: bool) -> None:
+    weight = weight_with_gradient([0.0, 0.0], [1.0, 1.0])
+
+    Lamb([weight], lr=0.01, foreach=foreach).step()
+
+    torch.testing.assert_close(weight.detach(), torch.full((2,), -0.01 * 0.1 / math.sqrt(0.001)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_a_gradient_of_zeros_moves_nothing(foreach: bool) -> None:
+    weight = weight_with_gradient([3.0, 4.0], [0.0, 0.0])
+
+    Lamb([weight], lr=0.01, foreach=foreach).step()
+
+    assert weight.tolist() == [3.0, 4.0]
+
+
+def test_a_weights_norm_counts_up_to_ten() -> None:
+    large, larger = weight_with_gradient([10.0], [1.0]), weight_with_gradient([1000.0], [1.0])
+
+    Lamb([large, larger], lr=0.01).step()
+
+    assert 10.0 - large.item() == pytest.approx(0.1, rel=1e-3)
+    assert 1000.0 - larger.item() == pytest.approx(0.1, rel=1e-2)
+
+
+def test_weight_decay_is_decoupled_from_the_moments() -> None:
+    weight = weight_with_gradient([3.0, 4.0], [0.0, 0.0])
+
+    optimizer = Lamb([weight], lr=0.01, weight_decay=0.1)
+    optimizer.step()
+
+    torch.testing.assert_close(weight.detach(), torch.tensor([3.0, 4.0]) * (1 - 0.01), rtol=1e-4, atol=0)  # u = 0.1 w, trust = 10
+    assert optimizer.state[weight]["exp_avg"].tolist() == [0.0, 0.0]
+
+
+def test_bias_correction_makes_the_first_update_the_gradients_sign() -> None:
+    weight = weight_with_gradient([0.0, 0.0], [0.5, -7.0])  # trust 1
+
+    Lamb([weight], lr=0.01, bias_correction=True).step()
+
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.01, 0.01]), rtol=1e-4, atol=0)
+
+
+def train(foreach: bool, **settings: float | bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape)) for shape in [(3, 4), (5,), (1,), (2, 3, 4)]]
+    weights.append(nn.Parameter(torch.zeros(4)))
+    weights.append(nn.Parameter(torch.randn(3, dtype=torch.float64)))
+    frozen = nn.Parameter(torch.ones(2))
+    optimizer = Lamb([*weights, frozen], lr=0.01, foreach=foreach, **settings)  # type: ignore[arg-type]
+    for _ in range(20):
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    assert frozen.tolist() == [1.0, 1.0]
+    return [weight.detach() for weight in weights]
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"bias_correction": True}])
+def test_all_tensors_together_and_one_by_one_are_the_same(settings: dict[str, float | bool]) -> None:
+    for together, one_by_one in zip(train(True, **settings), train(False, **settings), strict=True):
+        torch.testing.assert_close(together, one_by_one, rtol=1e-6, atol=1e-7)  # the order of float32 operations differs
+
+
+def test_a_state_that_was_saved_continues_to_the_last_bit() -> None:
+    def make() -> tuple[nn.Parameter, Lamb]:
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 4))
+        return weight, Lamb([weight], lr=0.01, bias_correction=True)
+
+    def step(weight: nn.Parameter, optimizer: Lamb) -> None:
+        weight.grad = torch.sin(weight.detach() * 10)
+        optimizer.step()
+
+    at_once, optimizer = make()
+    for _ in range(6):
+        step(at_once, optimizer)
+    first, optimizer = make()
+    for _ in range(3):
+        step(first, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    second, optimizer = make()
+    second.data.copy_(first.data)
+    optimizer.load_state_dict(state)
+    for _ in range(3):
+        step(second, optimizer)
+
+    assert torch.equal(at_once, second)
+
+
+def test_a_tensor_given_twice_moves_once() -> None:
+    tied, alone = weight_with_gradient([3.0, 4.0], [1.0, 1.0]), weight_with_gradient([3.0, 4.0], [1.0, 1.0])
+
+    build_optimizer(OptimConfig(), [tied, tied]).step()
+    build_optimizer(OptimConfig(), [alone]).step()
+
+    assert torch.equal(tied, alone)
+
+
+def test_optimizers_are_found_by_name() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+
+    assert isinstance(build_optimizer(OptimConfig(optim="lamb", weight_decay=0.5), [weight]), Lamb)
+    assert isinstance(build_optimizer(OptimConfig(optim="adam", weight_decay=0.5), [weight]), torch.optim.AdamW)
+    assert build_optimizer(OptimConfig(weight_decay=0.5), [weight]).param_groups[0]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize("settings", [{"lr": -1.0}, {"eps": -1.0}, {"weight_decay": math.inf}, {"betas": (0.9, 1.0)}])
+def test_hyper_parameters_out_of_range_are_errors(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        Lamb([nn.Parameter(torch.zeros(1))], **settings)  # type: ignore[arg-type]
+
+
+def test_sparse_gradients_are_refused() -> None:
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.eye(2).to_sparse()
+
+    with pytest.raises(TypeError, match="dense"):
+        Lamb([weight]).step()

@@ -1,0 +1,152 @@
+"""LAMB, layer-wise adaptive moments for large batches (You et al. 2019, arXiv:1904.00962, algorithm 2).
+
+Each parameter tensor w moves by lr * trust * u, where u is Adam's step plus decoupled weight decay and trust = |w| / |u|:
+how far a tensor moves depends on its own size. A tied tensor is one tensor. As in NVIDIA's Transformer-XL, the moments are not
+corrected for their bias by default, |w| counts up to 10, and trust is 1 where |w| or |u| is 0 (so biases, which start at 0, do move).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from txl_train.errors import ConfigError
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB over all tensors at once.
+
+    Args:
+        params: tensors or parameter groups, as for any PyTorch optimizer.
+        lr: learning rate.
+        betas: decay of the running means of the gradient and of its square.
+        eps: added to the root of the second moment, and to |u|.
+        weight_decay: decoupled; applies to every tensor.
+        max_weight_norm: |w| counts at most this much.
+        bias_correction: divide the moments by 1 - beta**step as Adam does.
+        foreach: compute all tensors together (few, large kernels) rather than one after the other; the result is the same.
+
+    Raises:
+        ConfigError: a hyper-parameter is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        max_weight_norm: float = 10.0,
+        bias_correction: bool = False,
+        foreach: bool = True,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("max_weight_norm", max_weight_norm)):
+            if not 0.0 <= value < float("inf"):
+                raise ConfigError(f"`{name}` must be 0 or more, but is {value} instead.")
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ConfigError(f"`betas` must be within 0..1, 1 excluded, but are {betas} instead.")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "max_weight_norm": max_weight_norm,
+            "bias_correction": bias_correction,
+            "foreach": foreach,
+            "step": 0,
+        }
+        super().__init__(params, defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Move every tensor that has a gradient. Nothing is read back from the device.
+
+        Raises:
+            TypeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if any(weight.grad.is_sparse for weight in weights):
+                raise TypeError("LAMB needs dense gradients.")
+            group["step"] += 1
+            for weight in weights:
+                state = self.state[weight]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(weight)
+                    state["exp_avg_sq"] = torch.zeros_like(weight)
+            if group["foreach"]:
+                for same in _by_device_and_dtype(weights):
+                    self._step_together(group, same)
+            else:
+                for weight in weights:
+                    self._step_one(group, weight)
+        return loss
+
+    def _step_one(self, group: dict[str, Any], weight: Tensor) -> None:
+        """Algorithm 2 of the paper, for one tensor."""
+        beta1, beta2 = group["betas"]
+        correction1, correction2 = _corrections(group)
+        mean, square = self.state[weight]["exp_avg"], self.state[weight]["exp_avg_sq"]
+        gradient = weight.grad
+        assert gradient is not None
+        mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        update = (mean / correction1) / ((square / correction2).sqrt() + group["eps"]) + group["weight_decay"] * weight
+        weight_norm = weight.norm().clamp(max=group["max_weight_norm"])
+        update_norm = update.norm()
+        moves = (weight_norm > 0) & (update_norm > 0)
+        trust = torch.where(moves, weight_norm / (update_norm + group["eps"]), torch.ones_like(weight_norm))
+        weight.sub_(update * trust * group["lr"])
+
+    def _step_together(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+        """The same as `_step_one` for many tensors of one device and dtype."""
+        beta1, beta2 = group["betas"]
+        correction1, correction2 = _corrections(group)
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        means = [self.state[weight]["exp_avg"] for weight in weights]
+        squares = [self.state[weight]["exp_avg_sq"] for weight in weights]
+        torch._foreach_mul_(means, beta1)
+        torch._foreach_add_(means, gradients, alpha=1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        updates = list(torch._foreach_div(squares, correction2))
+        torch._foreach_sqrt_(updates)
+        torch._foreach_add_(updates, group["eps"])
+        updates = list(torch._foreach_div(torch._foreach_div(means, correction1), updates))
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+        weight_norms = torch.stack(list(torch._foreach_norm(weights))).clamp(max=group["max_weight_norm"])
+        update_norms = torch.stack(list(torch._foreach_norm(updates)))
+        moves = (weight_norms > 0) & (update_norms > 0)
+        trusts = torch.where(moves, weight_norms / (update_norms + group["eps"]), torch.ones_like(weight_norms))
+        torch._foreach_mul_(updates, list((trusts * group["lr"]).unbind()))
+        torch._foreach_sub_(weights, updates)
+
+
+def _corrections(group: dict[str, Any]) -> tuple[float, float]:
+    if not group["bias_correction"]:
+        return 1.0, 1.0
+    beta1, beta2 = group["betas"]
+    return 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
+
+
+def _by_device_and_dtype(weights: list[Tensor]) -> list[list[Tensor]]:
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for weight in weights:
+        groups.setdefault((weight.device, weight.dtype), []).append(weight)
+    return list(groups.values())
