@@ -32,6 +32,7 @@ WITHOUT_TORCH = (
     "txl_train/config.py",
     "txl_train/settings.py",
     "txl_train/metrics.py",
+    "txl_train/files.py",
     "txl_train/data/",
     "txl_deploy/manifest.py",
     "txl_deploy/doctor.py",
@@ -49,8 +50,9 @@ STANDARD_LIBRARY_AND_NUMPY = ("txl_deploy/bench/stats.py", "txl_deploy/bench/har
 LOWER = {
     "txl_train/errors.py": (),
     "txl_train/config.py": ("txl_train.errors",),
+    "txl_train/files.py": ("txl_train.errors",),
     "txl_train/metrics.py": ("txl_train.errors",),
-    "txl_train/data/": ("txl_train.data", "txl_train.errors", "txl_train.config"),
+    "txl_train/data/": ("txl_train.data", "txl_train.errors", "txl_train.config", "txl_train.files"),
     "txl_train/model/": ("txl_train.model", "txl_train.errors", "txl_train.config", "txl_train.metrics"),
     "txl_train/optim/": ("txl_train.optim", "txl_train.errors", "txl_train.config"),
     "txl_deploy/manifest.py": ("txl_train.errors", "txl_train.config", "txl_train.files"),

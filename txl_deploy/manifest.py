@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from txl_train.errors import ManifestError, nearest
+from txl_train.files import file_sha256
 
 FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 1
@@ -146,15 +147,6 @@ class Finding:
     message: str
 
 
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file's bytes as 64 hexadecimal digits. Raises `OSError` where it cannot be read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_manifest(directory: Path, manifest: Manifest, files: Iterable[str]) -> Manifest:
     """Add the checksums of `files` (paths within `directory`) to `manifest`, write `manifest.json` there, return what was written.
 
@@ -163,7 +155,7 @@ def write_manifest(directory: Path, manifest: Manifest, files: Iterable[str]) ->
     records = {}
     for name in sorted(files):
         path = artifact_file(directory, name)
-        records[name] = FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
+        records[name] = FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
     complete = dataclasses.replace(manifest, files=records)
     target = directory / FILE_NAME
     partial = target.with_suffix(".partial")
@@ -265,7 +257,7 @@ def _findings(directory: Path, manifest: Manifest, checkpoint: Path | None) -> l
         if finding is not None:
             findings.append(finding)
     if checkpoint is not None:
-        actual = sha256_file(checkpoint)
+        actual = file_sha256(checkpoint)
         expected = manifest.source.checkpoint_sha256
         if actual != expected:
             message = f"was made from {manifest.source.checkpoint_name} with sha256 {expected[:12]}…, but {checkpoint} has {actual[:12]}…"
@@ -279,7 +271,7 @@ def _examine(directory: Path, name: str, record: FileRecord) -> Finding | None:
         size = path.stat().st_size
         if size != record.bytes:
             return Finding(name, "changed", f"has {size} bytes instead of {record.bytes}")
-        actual = sha256_file(path)
+        actual = file_sha256(path)
     except ManifestError:
         return Finding(name, "outside", "is a link to a file outside the folder")
     except FileNotFoundError:

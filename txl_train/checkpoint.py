@@ -147,12 +147,6 @@ def load_model(
     return model.eval(), checkpoint
 
 
-def file_sha256(path: str | Path) -> str:
-    """Return the sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return _digest(file, os.fstat(file.fileno()).st_size).hexdigest()
-
-
 class _Recorder:
     """A file for `torch.save`: hashes what goes through, and keeps an error for later, since it would cross C++ on its way."""
 

@@ -99,7 +99,8 @@ class ModelConfig:
                     f"`cutoffs` must be below the vocabulary's size {self.vocab_size}, but are {list(self.cutoffs)} instead.",
                     remedy="Give smaller ones with `--cutoffs`, or drop `--adaptive`: a small vocabulary does not need it.",
                 )
-        if self.tie_projections is not None and len(self.tie_projections) != self.n_cluster + 1:
+        cutoffs_to_come = self.adaptive and not self.cutoffs  # the data set's own, filled in when its vocabulary is known
+        if self.tie_projections is not None and not cutoffs_to_come and len(self.tie_projections) != self.n_cluster + 1:
             raise ConfigError(f"`tie_projections` must have {self.n_cluster + 1} entries, one per cluster.")
         narrowest = self.embed_size // self.div_val**self.n_cluster
         if narrowest < 1:

@@ -21,13 +21,13 @@ from txl_deploy.manifest import (
     artifact_file,
     read_manifest,
     read_verified,
-    sha256_file,
     unlisted,
     verify,
     write_manifest,
 )
 from txl_deploy.manifest import _checksum as checksum
 from txl_train.errors import ManifestError
+from txl_train.files import file_sha256
 
 MANIFEST = Manifest(
     format="onnx",
@@ -72,14 +72,9 @@ def test_what_is_written_is_read_back(artifact: Path) -> None:
     manifest = read_manifest(artifact)
     assert dataclasses.replace(manifest, files={}) == MANIFEST
     assert manifest.files["model.onnx"].bytes == 5
-    assert manifest.files["model.onnx"].sha256 == sha256_file(artifact / "model.onnx")
+    assert manifest.files["model.onnx"].sha256 == file_sha256(artifact / "model.onnx")
     assert verify(artifact) == []
     assert read_verified(artifact) == manifest
-
-
-def test_the_checksum_is_sha256(tmp_path: Path) -> None:
-    (tmp_path / "abc").write_bytes(b"abc")
-    assert sha256_file(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
 
 
 def test_the_same_export_gives_the_same_bytes(artifact: Path) -> None:
@@ -129,7 +124,7 @@ def test_it_belongs_to_one_checkpoint(artifact: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint_best.pt"
     checkpoint.write_bytes(b"weights")
     assert [f.problem for f in verify(artifact, checkpoint=checkpoint)] == ["other checkpoint"]
-    source = Source(checkpoint_sha256=sha256_file(checkpoint), checkpoint_name=checkpoint.name)
+    source = Source(checkpoint_sha256=file_sha256(checkpoint), checkpoint_name=checkpoint.name)
     write_manifest(artifact, dataclasses.replace(MANIFEST, source=source), ["model.onnx"])
     assert verify(artifact, checkpoint=checkpoint) == []
 

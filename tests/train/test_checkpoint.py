@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from txl_train import checkpoint as checkpoints
-from txl_train.checkpoint import Checkpoint, file_sha256, load_checkpoint, load_model, save_checkpoint
+from txl_train.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from txl_train.config import ModelConfig
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import CheckpointError, EnvironmentUnfitError, UsageError
@@ -283,9 +283,3 @@ def test_a_folder_that_does_not_exist_is_an_error(checkpoint: Checkpoint, tmp_pa
 
 def test_saving_leaves_no_other_file(saved: Path) -> None:
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
-
-
-def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
-    (tmp_path / "abc").write_bytes(b"abc")
-
-    assert file_sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

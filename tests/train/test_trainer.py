@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.reference import nvidia
 from txl_train import callbacks as events
-from txl_train import trainer as training
+from txl_train import run as runs
 from txl_train.callbacks import Callback, Progress, ProgressBar, Run, RunRecord, StepReport, end_line, eval_line, train_line
 from txl_train.checkpoint import load_checkpoint, load_model, save_checkpoint
 from txl_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -32,8 +32,9 @@ from txl_train.errors import CheckpointError, ConfigError, DataError, Environmen
 from txl_train.evaluate import EvalResult
 from txl_train.model.transformer_xl import TransformerXL
 from txl_train.precision import Precision
+from txl_train.run import complete_model_config, evaluation_config, select_device, train
 from txl_train.settings import Resolved, resolve
-from txl_train.trainer import Trainer, complete_model_config, evaluation_config, select_device, train
+from txl_train.trainer import Trainer
 
 VOCAB = 40
 MODEL = ModelConfig(
@@ -197,7 +198,7 @@ def test_recorded_training_is_reproduced(reference_cases: Path, tmp_path: Path, 
     model.load_parameters({name: torch.from_numpy(first[name]) if name in first else own[name] for name in own})
     trainer = Trainer(config, model, corpus.ids("train")[:2000], vocabulary=corpus.vocabulary)
     trainer.segments = Columns(corpus.ids("train").astype(np.int64), arguments["batch_size"], arguments["tgt_len"])  # type: ignore[assignment]
-    monkeypatch.setattr(training, "learning_rate", lambda optim, step, max_step: steps[step - 1]["lr"])
+    monkeypatch.setattr("txl_train.trainer.learning_rate", lambda optim, step, max_step: steps[step - 1]["lr"])
 
     reports = [trainer.step() for _ in steps]
 
@@ -489,7 +490,7 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(
 ) -> None:
     losses = iter([5.0, 3.0, 4.0, 3.5, 9.0])  # at steps 2, 4, 6, 8, and on test.txt
     monkeypatch.setattr(
-        training, "evaluate", lambda *_, **__: EvalResult(nll_nats_sum=10 * next(losses), n_tokens=10, n_segments=1, seconds=1.0)
+        runs, "evaluate", lambda *_, **__: EvalResult(nll_nats_sum=10 * next(losses), n_tokens=10, n_segments=1, seconds=1.0)
     )
 
     result = train(resolved_from(settings, eval_interval=2, max_step=8))
@@ -541,8 +542,8 @@ def test_a_signal_within_an_evaluation_cuts_it_short_and_saves(
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments, on_step=on_step, **keywords)
 
-    evaluate = training.evaluate
-    monkeypatch.setattr(training, "evaluate", evaluate_and_interrupt)
+    evaluate = runs.evaluate
+    monkeypatch.setattr(runs, "evaluate", evaluate_and_interrupt)
 
     result = train(resolved_from(settings))
 
@@ -555,8 +556,8 @@ def test_evaluation_does_not_count_as_training_time(settings: dict[str, Any], tm
         time.sleep(1.0)
         return evaluate(*arguments, **keywords)
 
-    evaluate = training.evaluate
-    monkeypatch.setattr(training, "evaluate", evaluate_slowly)
+    evaluate = runs.evaluate
+    monkeypatch.setattr(runs, "evaluate", evaluate_slowly)
 
     result = train(resolved_from(settings, max_step=2, eval_interval=2))
 

@@ -17,8 +17,8 @@ from txl_deploy.bench import plots
 from txl_deploy.bench.harness import BOUNDARIES
 from txl_deploy.bench.result import BenchResult, Row
 from txl_deploy.bench.stats import PERCENTILE_RULE, STANDARD_PERCENTILES, minimum_samples
-from txl_train.data.datasets import whole_or_absent
 from txl_train.errors import ArtifactError, EnvironmentUnfitError, UsageError
+from txl_train.files import whole_or_absent
 from txl_train.metrics import bits_per_char, perplexity
 
 RUNTIME_TITLES = {"pytorch": "PyTorch", "torchscript": "TorchScript", "onnx": "ONNX Runtime"}

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from txl_deploy.bench.stats import PERCENTILE_RULE, LatencySummary
-from txl_train.data.datasets import whole_or_absent
 from txl_train.errors import ArtifactError
+from txl_train.files import whole_or_absent
 
 SCHEMA = "txl.benchmark"
 SCHEMA_VERSION = 1

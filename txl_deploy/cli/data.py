@@ -103,7 +103,7 @@ def stats(
     if baselines:
         document |= _score(corpus, split)
     if out is not None:
-        from txl_deploy.files import write_json
+        from txl_train.files import write_json
 
         write_json(out, document)
     if as_json:

@@ -98,7 +98,7 @@ def command(
         ) as opened:
             document = _evaluate(opened, request, as_json)
     if out is not None:
-        from txl_deploy.files import write_json
+        from txl_train.files import write_json
 
         write_json(out, document)
     if as_json:

@@ -81,8 +81,9 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is a TorchScript program, which is part of an exported model.",
             remedy=f"Inspect its folder: `txl inspect {path.parent}`.",
         )
-    from txl_train.checkpoint import file_sha256, load_checkpoint
+    from txl_train.checkpoint import load_checkpoint
     from txl_train.config import to_dict
+    from txl_train.files import file_sha256
 
     checkpoint = load_checkpoint(path)
     return {

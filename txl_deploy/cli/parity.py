@@ -97,7 +97,7 @@ def command(
         "corpus_sha256": corpus.sha256(split),
     }
     if out is not None:
-        from txl_deploy.files import write_json
+        from txl_train.files import write_json
 
         write_json(out, document)
     if as_json:

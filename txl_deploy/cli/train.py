@@ -1,7 +1,7 @@
 """`txl train`: train a model, or go on training one.
 
 The options are made of the fields of `txl_train.config`, with their types, defaults and sentences; the specification's spellings are
-added in `_SPELLINGS`. What settings mean, and which source wins, is known to `txl_train.settings`; training itself is `txl_train.trainer`.
+added in `_SPELLINGS`. What settings mean, and which source wins, is known to `txl_train.settings`; training itself is `txl_train.run`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from txl_train.errors import UsageError
 if TYPE_CHECKING:
     from txl_train.checkpoint import Checkpoint
     from txl_train.evaluate import EvalResult
-    from txl_train.trainer import TrainResult
+    from txl_train.run import TrainResult
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -146,7 +146,7 @@ def command(
             click.echo(resolved.table())
         return
 
-    from txl_train.trainer import train
+    from txl_train.run import train
 
     result = train(resolved, continue_from=checkpoint, in_place=in_place, overwrite=overwrite)
     if as_json:

@@ -25,9 +25,10 @@ from txl_deploy.parity.rollout import ParityResult, compare, random_segments
 from txl_deploy.runtimes.eager import EagerRuntime
 from txl_deploy.runtimes.registry import open_artifact
 from txl_deploy.signature import TensorSpec, step_signature
-from txl_train.checkpoint import file_sha256, load_model
+from txl_train.checkpoint import load_model
 from txl_train.config import to_dict
 from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError
+from txl_train.files import file_sha256
 from txl_train.model.inference import InferenceStep, with_lengths
 from txl_train.model.memory import MemoryKind
 

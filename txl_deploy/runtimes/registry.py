@@ -11,6 +11,7 @@ from txl_deploy.manifest import Manifest
 from txl_deploy.runtimes.base import Runtime, RuntimeInfo
 from txl_train.config import ModelConfig, model_config_from_dict
 from txl_train.errors import EnvironmentUnfitError, ManifestError
+from txl_train.files import file_sha256
 from txl_train.model.memory import MemoryKind
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def open_artifact(directory: Path, *, device: str = "cpu", threads: int | None =
         tgt_len=manifest.settings.tgt_len,
         config=artifact_config(manifest),
         origin=str(directory),
-        manifest_sha256=manifests.sha256_file(directory / manifests.FILE_NAME),
+        manifest_sha256=file_sha256(directory / manifests.FILE_NAME),
         checkpoint_sha256=manifest.source.checkpoint_sha256,
     )
     return _OPENERS[manifest.format](directory, info, threads)
@@ -104,7 +105,7 @@ def eager_from_checkpoint(
 ) -> tuple[Runtime, Checkpoint]:
     """Open a checkpoint in eager PyTorch, FP32, with other lengths where they are given: the reference of every comparison."""
     from txl_deploy.runtimes.eager import EagerRuntime
-    from txl_train.checkpoint import file_sha256, load_model
+    from txl_train.checkpoint import load_model
     from txl_train.model.inference import with_lengths
 
     use_threads(threads)

@@ -30,9 +30,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from txl_train.data.datasets import EOS, SPLITS, DatasetSpec, check_folder, whole_or_absent
+from txl_train.data.datasets import EOS, SPLITS, DatasetSpec, check_folder
 from txl_train.data.vocabulary import MISSING, Vocabulary
 from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError, nearest
+from txl_train.files import file_sha256, whole_or_absent
 
 IdArray = npt.NDArray[np.integer[Any]]
 Form = Literal["prepared", "raw"]
@@ -97,7 +98,7 @@ class Corpus:
     def sha256(self, split: str) -> str:
         """Return the hash of a split's text file, hexadecimal."""
         if split not in self._sha256s:
-            self._sha256s[split] = file_sha256(self._path(split))
+            self._sha256s[split] = _text_sha256(self._path(split))
         return self._sha256s[split]
 
     def _path(self, split: str) -> Path:
@@ -154,7 +155,7 @@ def load_corpus(
             remedy="`--dataset text` replaces rare words by <unk>." if min_count > 1 else None,
         )
     paths = check_folder(directory, spec)
-    sha256s = {split: file_sha256(path) for split, path in paths.items()}
+    sha256s = {split: _text_sha256(path) for split, path in paths.items()}
     counted = [split for split in SPLITS if split in spec.counted_splits]
     key = ["vocabulary/1", spec.tokenizer_id, spec.unit, spec.maps_unknown, min_count, *(sha256s[split] for split in counted)]
     cached = cache / f"{_digest(key)}.vocab.json"
@@ -211,16 +212,12 @@ def encode_text(lines: Iterable[str], spec: DatasetSpec, vocabulary: Vocabulary)
     return vocabulary.encode(tokens)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal; a `DataError` where it cannot be read."""
-    digest = hashlib.sha256()
+def _text_sha256(path: Path) -> str:
+    """Return the sha256 of a text file; a `DataError` where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return file_sha256(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return digest.hexdigest()
 
 
 # --- text to tokens ----------------------------------------------------------------------------------------------------------------

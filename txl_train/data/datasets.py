@@ -7,16 +7,13 @@ checks of a data set's folder, and writing a file so that it is either whole or 
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, Literal
+from typing import Literal
 
-from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError, nearest
+from txl_train.errors import ConfigError, DataError, nearest
 
 Unit = Literal["word", "char", "byte"]
 Layout = Literal["words", "text8", "enwik8"]
@@ -188,27 +185,3 @@ def _remedy_for_missing(path: Path, split: str, wanted: str) -> str:
         if (path.parent / other).is_file():
             return f"Rename {other} to {path.name} if that is the {split} split."
     return f"Put {wanted} into {path.parent}, or give another folder with `--data`."
-
-
-@contextlib.contextmanager
-def whole_or_absent(path: Path) -> Iterator[BinaryIO]:
-    """Open `path` for writing under a temporary name and rename it when the block ends well: no reader sees half a file.
-
-    The folder is made where needed. An `OSError` in between (no permission, full disk) becomes an `EnvironmentUnfitError`.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise EnvironmentUnfitError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            remedy="Free some disk space, allow writing there, or choose another folder.",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from txl_train.data.datasets import SPLITS, get_dataset, whole_or_absent
+from txl_train.data.datasets import SPLITS, get_dataset
 from txl_train.errors import DataError, EnvironmentUnfitError
+from txl_train.files import whole_or_absent
 
 RULES_VERSION = 1
 """Version of the rules below; a folder built by other rules is built anew."""

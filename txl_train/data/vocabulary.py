@@ -17,8 +17,9 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from txl_train.data.datasets import EOS, UNK, Unit, whole_or_absent
+from txl_train.data.datasets import EOS, UNK, Unit
 from txl_train.errors import DataError
+from txl_train.files import whole_or_absent
 
 FORMAT = "txl-vocabulary"
 VERSION = 1

@@ -47,8 +47,9 @@ def test_an_artifact_as_text_shows_its_tensors_and_settings(tmp_path: Path, caps
 
 
 def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from txl_train.checkpoint import Checkpoint, file_sha256, save_checkpoint
+    from txl_train.checkpoint import Checkpoint, save_checkpoint
     from txl_train.config import ModelConfig
+    from txl_train.files import file_sha256
     from txl_train.model.transformer_xl import TransformerXL
 
     config = ModelConfig(vocab_size=7, n_layer=1, n_head=2, d_head=4, d_model=8, d_inner=16, mem_len=4)

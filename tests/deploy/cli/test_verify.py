@@ -10,7 +10,8 @@ import pytest
 
 from tests.deploy.test_manifest import MANIFEST
 from txl_deploy.cli.main import main
-from txl_deploy.manifest import FILE_NAME, Source, sha256_file, write_manifest
+from txl_deploy.manifest import FILE_NAME, Source, write_manifest
+from txl_train.files import file_sha256
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def artifact(tmp_path: Path) -> Path:
 def test_an_intact_artifact_passes(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(artifact)]) == 0
     captured = capsys.readouterr()
-    assert f"ok       model.onnx  {sha256_file(artifact / 'model.onnx')}  5 bytes" in captured.out
+    assert f"ok       model.onnx  {file_sha256(artifact / 'model.onnx')}  5 bytes" in captured.out
     assert "made from checkpoint_best.pt" in captured.out
     assert captured.err == ""
 
@@ -57,7 +58,7 @@ def test_the_checkpoint_it_came_from_is_recognised(artifact: Path, tmp_path: Pat
     checkpoint.write_bytes(b"weights")
     assert main(["verify", str(artifact), "--checkpoint", str(checkpoint)]) == 4
     assert "was made from checkpoint_best.pt with sha256 aaaaaaaaaaaa" in capsys.readouterr().out
-    source = Source(checkpoint_sha256=sha256_file(checkpoint), checkpoint_name=checkpoint.name)
+    source = Source(checkpoint_sha256=file_sha256(checkpoint), checkpoint_name=checkpoint.name)
     write_manifest(artifact, dataclasses.replace(MANIFEST, source=source), ["model.onnx"])
     assert main(["verify", str(artifact), "--checkpoint", str(checkpoint)]) == 0
     assert main(["verify", str(artifact), "--checkpoint", str(tmp_path / "absent.pt")]) == 2

@@ -12,9 +12,9 @@ from tests.deploy.conftest import Exports
 from txl_deploy.export import artifact as artifacts
 from txl_deploy.export.artifact import ExportRequest, export_artifact
 from txl_deploy.manifest import read_manifest, verify
-from txl_train.checkpoint import file_sha256
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import CheckpointError, UsageError, ValidationError
+from txl_train.files import file_sha256
 from txl_train.model.inference import InferenceStep
 
 

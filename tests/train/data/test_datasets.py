@@ -1,4 +1,4 @@
-"""Data sets: names, cutoffs, folders, writing whole files."""
+"""Data sets: names, cutoffs, folders."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from txl_train.data.datasets import DATASETS, SMALLEST_ADAPTIVE_VOCAB, check_folder, default_cutoffs, get_dataset, whole_or_absent
-from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError
+from txl_train.data.datasets import DATASETS, SMALLEST_ADAPTIVE_VOCAB, check_folder, default_cutoffs, get_dataset
+from txl_train.errors import ConfigError, DataError
 
 from .conftest import MakeFolder
 
@@ -81,25 +81,3 @@ def test_an_empty_file_is_named(make_folder: MakeFolder) -> None:
 def test_only_the_splits_asked_for_must_be_there(make_folder: MakeFolder) -> None:
     folder = make_folder(test="a\n")
     assert check_folder(folder, get_dataset("text"), ["test"]) == {"test": folder / "test.txt"}
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "file.txt"
-    with whole_or_absent(path) as file:
-        file.write(b"old")
-
-    def write_half() -> None:
-        with whole_or_absent(path) as file:
-            file.write(b"ne")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_half()
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
-
-
-def test_a_folder_that_cannot_be_written_is_an_unfit_environment(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(EnvironmentUnfitError, match="cannot be written"), whole_or_absent(tmp_path / "file" / "below.txt") as file:
-        file.write(b"never")

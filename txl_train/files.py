@@ -1,0 +1,54 @@
+"""Files on disk: written whole or not at all, and known by the sha256 of their bytes. Knows nothing of what is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from txl_train.errors import EnvironmentUnfitError
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file's bytes as 64 hexadecimal digits. Raises `OSError` where it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def whole_or_absent(path: Path) -> Iterator[BinaryIO]:
+    """Open `path` for writing under a temporary name and rename it when the block ends well: no reader sees half a file.
+
+    The folder is made where needed. An `OSError` in between (no permission, full disk) becomes an `EnvironmentUnfitError`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise EnvironmentUnfitError(
+            f"{path} cannot be written: {error.strerror or error}.",
+            remedy="Free some disk space, allow writing there, or choose another folder.",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write `document` as JSON, whole or not at all. Raises `EnvironmentUnfitError`, and `ValueError` for a number JSON does not have."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    with whole_or_absent(path) as file:
+        file.write((text + "\n").encode())
