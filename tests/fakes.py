@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from txl_deploy.runtimes.base import RuntimeInfo
-from txl_train.config import ModelConfig
+from txl_train.config import MemoryKind, ModelConfig
 from txl_train.evaluate import StepOutput
-from txl_train.model.memory import Memory, MemoryKind
+from txl_train.model.memory import Memory
 
 _SERIALS = itertools.count()
 """Every memory of every runtime has its own."""

@@ -42,14 +42,16 @@ def open_corpus(model_data: ModelData, *, dataset: str | None, data: Path | None
     return load_corpus(folder, spec, cache_dir=default_cache_dir(), vocabulary=model_data.vocabulary)
 
 
-def encode_manual(model_data: ModelData, texts: Sequence[str], *, dataset: str | None) -> npt.NDArray[np.int64]:
-    """Tokenise raw text the way the data set was built, and return its ids (int64).
+def encode_manual(model_data: ModelData, texts: Sequence[str], *, dataset: str | None) -> tuple[npt.NDArray[np.int64], int]:
+    """Tokenise raw text the way the data set was built; return its ids (int64), and how many of its tokens the vocabulary lacks.
 
     Raises:
         DataError: fewer than two tokens, so that none has a predecessor to be predicted from.
     """
     spec = get_dataset(dataset or model_data.dataset)
-    ids = encode_text(raw_lines(" ".join(texts), spec.name), spec, model_data.vocabulary)
+    lines = raw_lines(" ".join(texts), spec.name)
+    ids = encode_text(lines, spec, model_data.vocabulary)
+    n_unknown = sum(token not in model_data.vocabulary for line in lines for token in line.split())
     if len(ids) < 2:
         raise DataError("The text has fewer than two tokens, so there is nothing to predict.", remedy="Give more text to `--manual`.")
-    return ids
+    return ids, n_unknown

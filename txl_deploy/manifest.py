@@ -1,7 +1,7 @@
 """What an exported model is: made from which checkpoint, for which shapes and settings, by which versions, with which checksums.
 
-An artifact is a folder whose `manifest.json` is this. The same export of the same checkpoint by the same versions gives the same bytes,
-so it holds no time and no machine. Knows the JSON and the checksums; what the settings mean is known where they are used.
+An artifact is a folder whose `manifest.json` is this. It holds no time: the same command on the same checkpoint by the same versions
+gives the same bytes. Knows the JSON and the checksums; what the settings mean is known where they are used.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from txl_train.config import MemoryKind, SameLengthRule
 from txl_train.errors import ManifestError, nearest
 from txl_train.files import file_sha256
 
@@ -23,9 +24,7 @@ FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 
 Format = Literal["onnx", "torchscript"]
-MemoryKind = Literal["hidden", "kv"]
 Dtype = Literal["fp32", "fp16", "bf16"]
-SameLengthRule = Literal["mem_len+1", "mem_len"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +102,7 @@ class Manifest:
     settings: Settings
     batch: BatchRange = BatchRange()
     inputs: list[TensorRecord]
+    """In the order of the call. TorchScript takes `target_rows.*` and the states as two lists, so laid out here."""
     outputs: list[TensorRecord]
     dataset: str
     """Name of the data set that the model was trained on."""

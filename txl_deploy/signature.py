@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from txl_train.config import ModelConfig
-from txl_train.model.memory import MemoryKind, state_count, state_shape
+from txl_train.config import MemoryKind, ModelConfig
+from txl_train.model.memory import state_count, state_shape
 
 BATCH = "batch_size"
 

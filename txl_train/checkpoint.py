@@ -11,6 +11,7 @@ training continues exactly; `checkpoint_best.pt` is for use and holds none, whic
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -54,6 +55,8 @@ class Checkpoint:
     """step, epoch, tokens, best_valid_nll (nats per token) …: plain numbers and texts."""
     training: dict[str, Any] | None = None
     """What continuing needs: optimizer, scaler, rng, memory, position; None in a checkpoint that is only for use."""
+    sha256: str | None = None
+    """Of the file it was loaded from, exactly the bytes that were read; None before it is saved."""
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -117,14 +120,31 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: it is no checkpoint of this toolkit, is damaged, or is of a newer version.
     """
     path = Path(path)
-    _check_digest(path)
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # the bytes that are checked are those that are read, even if the file is replaced meanwhile
+            sha256 = _check_digest(file, path)
+            file.seek(0)
+            payload = _unpickle(file, path)
+    except FileNotFoundError:
+        raise UsageError(
+            f"There is no checkpoint {path}.", remedy="`txl train` writes checkpoint_best.pt and checkpoint_last.pt into its work folder."
+        ) from None
+    except IsADirectoryError:
+        raise UsageError(
+            f"{path} is a folder, not a checkpoint.", remedy=f"Give a file, for example {path / 'checkpoint_best.pt'}."
+        ) from None
+    except OSError as error:
+        raise EnvironmentUnfitError(f"{path} cannot be read: {error.strerror}.") from error
+    return dataclasses.replace(_checkpoint_from(payload, path), sha256=sha256)
+
+
+def _unpickle(file: BinaryIO, path: Path) -> object:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"{path} holds something else than tensors and plain values; it was not read and none of its code was run.", remedy=_WRITE_AGAIN
         ) from error
-    return _checkpoint_from(payload, path)
 
 
 def load_model(
@@ -182,36 +202,30 @@ def _write(file: BinaryIO, payload: dict[str, Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _check_digest(path: Path) -> None:
-    """Compare the file with the sha256 in its zip comment, which stands for the file as it was before it had a comment."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(2)
-            file.seek(max(0, size - _COMMENT_BYTES - 2))
-            length, comment = file.read(2), file.read()
-            if start != b"PK":
-                raise CheckpointError(
-                    f"{path} is no checkpoint of txl, or its beginning is damaged.",
-                    remedy="Give a file that `txl train` wrote: checkpoint_best.pt, say.",
-                )
-            if not comment.startswith(_COMMENT_PREFIX) or length != _COMMENT_BYTES.to_bytes(2, "little"):
-                raise CheckpointError(f"{path} is no checkpoint of txl, or its end is missing or damaged.", remedy=_WRITE_AGAIN)
-            file.seek(0)
-            digest = _digest(file, size - _COMMENT_BYTES - 2)
-            digest.update(b"\0\0")
-    except FileNotFoundError:
-        raise UsageError(
-            f"There is no checkpoint {path}.", remedy="`txl train` writes checkpoint_best.pt and checkpoint_last.pt into its work folder."
-        ) from None
-    except IsADirectoryError:
-        raise UsageError(
-            f"{path} is a folder, not a checkpoint.", remedy=f"Give a file, for example {path / 'checkpoint_best.pt'}."
-        ) from None
-    except OSError as error:
-        raise EnvironmentUnfitError(f"{path} cannot be read: {error.strerror}.") from error
+def _check_digest(file: BinaryIO, path: Path) -> str:
+    """Compare the file with the sha256 in its zip comment, which stands for the file as it was before it had a comment.
+
+    Returns the sha256 of the file as it is.
+    """
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(2)
+    file.seek(max(0, size - _COMMENT_BYTES - 2))
+    length, comment = file.read(2), file.read()
+    if start != b"PK":
+        raise CheckpointError(
+            f"{path} is no checkpoint of txl, or its beginning is damaged.",
+            remedy="Give a file that `txl train` wrote: checkpoint_best.pt, say.",
+        )
+    if not comment.startswith(_COMMENT_PREFIX) or length != _COMMENT_BYTES.to_bytes(2, "little"):
+        raise CheckpointError(f"{path} is no checkpoint of txl, or its end is missing or damaged.", remedy=_WRITE_AGAIN)
+    file.seek(0)
+    digest = _digest(file, size - _COMMENT_BYTES - 2)
+    whole = digest.copy()
+    whole.update(length + comment)
+    digest.update(b"\0\0")
     if digest.hexdigest().encode() != comment[len(_COMMENT_PREFIX) :]:
         raise CheckpointError(f"{path} was changed after it was written: its contents do not match its checksum.", remedy=_WRITE_AGAIN)
+    return whole.hexdigest()
 
 
 def _digest(file: BinaryIO, n_bytes: int) -> hashlib._Hash:

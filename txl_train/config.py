@@ -17,6 +17,7 @@ from typing import Any, Literal
 from txl_train.errors import ConfigError, nearest
 
 SameLengthRule = Literal["mem_len+1", "mem_len"]
+MemoryKind = Literal["hidden", "kv"]
 
 
 @dataclass(frozen=True, kw_only=True)

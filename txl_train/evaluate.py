@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from txl_train import metrics
-from txl_train.config import ModelConfig
+from txl_train.config import MemoryKind, ModelConfig
 from txl_train.data.segments import Segment
 from txl_train.errors import ValidationError
 from txl_train.model.adaptive import cluster_rows
 from txl_train.model.inference import InferenceStep
-from txl_train.model.memory import Memory, MemoryKind, empty_memory
+from txl_train.model.memory import Memory, empty_memory
 from txl_train.model.transformer_xl import TransformerXL
 
 
@@ -41,7 +41,7 @@ class Stepper(Protocol):
         ...
 
     def step(self, input_ids_BT: Tensor, target_ids_BT: Tensor, memory: Memory) -> StepOutput:
-        """Score one segment. Outputs stay valid until the next `step`; clone what you keep."""
+        """Score one segment. Outputs stay valid until the next `step` that continues them; clone what you keep."""
         ...
 
 
@@ -76,7 +76,7 @@ class EvalResult:
     n_segments: int
     """Number of steps taken."""
     seconds: float
-    """Wall time of all steps."""
+    """Wall time from the first segment to the last, reading the text and adding up included."""
 
     @property
     def nll_nats_per_token(self) -> float:
@@ -95,7 +95,7 @@ class EvalResult:
 
     @property
     def ms_per_segment(self) -> float:
-        """Mean wall time of a step, ms."""
+        """Mean wall time of a segment, ms."""
         return 1000.0 * self.seconds / self.n_segments
 
     @property

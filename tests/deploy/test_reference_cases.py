@@ -18,10 +18,9 @@ from txl_deploy.runtimes.base import RuntimeInfo
 from txl_deploy.runtimes.eager import EagerRuntime
 from txl_deploy.runtimes.onnxrt import OnnxRuntime
 from txl_deploy.runtimes.torchscript import TorchScriptRuntime
-from txl_train.config import ModelConfig
+from txl_train.config import MemoryKind, ModelConfig
 from txl_train.evaluate import Stepper
 from txl_train.model.inference import InferenceStep, with_lengths
-from txl_train.model.memory import MemoryKind
 from txl_train.model.transformer_xl import TransformerXL
 
 LOSS_TOLERANCE = 5e-6

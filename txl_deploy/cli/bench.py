@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shlex
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from txl_deploy.cli.lengths import length_options, memory_option
-from txl_deploy.cli.options import data_options, device_option, json_option, threads_option, verbosity_options
+from txl_deploy.cli.options import command_line, data_options, device_option, json_option, threads_option, verbosity_options
 from txl_deploy.cli.progress import progress
 from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError
 
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
     from txl_deploy.bench.workload import Workload
     from txl_deploy.corpora import ModelData
     from txl_deploy.opening import Lengths
-    from txl_train.model.memory import MemoryKind
+    from txl_train.config import MemoryKind
 
 PERCENT = 100
 
@@ -101,7 +98,7 @@ log = logging.getLogger(__name__)
 def command(
     artifacts: tuple[Path, ...],
     checkpoint: Path | None,
-    memory: str,
+    memory: str | None,
     dataset: str | None,
     data: Path | None,
     split: str,
@@ -134,7 +131,7 @@ def command(
     from txl_deploy.bench.workload import Workload, parse_batch_sizes
     from txl_deploy.corpora import open_corpus
     from txl_deploy.opening import Lengths
-    from txl_train.model.memory import MemoryKind
+    from txl_train.config import MemoryKind
 
     sizes = parse_batch_sizes(batch_sizes)
     settings = BenchSettings(
@@ -152,7 +149,7 @@ def command(
     if out is not None:
         _check_writable(out)
     lengths = Lengths(tgt_len=tgt_len, mem_len=mem_len, clamp_len=clamp_len, same_length=same_length)
-    groups, model_data = open_contenders(artifacts, checkpoint, lengths, cast(MemoryKind, memory), device=device, threads=threads)
+    groups, model_data = open_contenders(artifacts, checkpoint, lengths, cast(MemoryKind, memory or "kv"), device=device, threads=threads)
     corpus = open_corpus(model_data, dataset=dataset, data=data)
     ids, spec_name = corpus.ids(split), corpus.spec.name
     plan = [
@@ -192,10 +189,12 @@ def open_contenders(
     """
     from txl_deploy.bench.harness import Contender
     from txl_deploy.corpora import ModelData
+    from txl_deploy.manifest import read_manifest
     from txl_deploy.opening import open_exported
-    from txl_deploy.runtimes.registry import eager_from_checkpoint
+    from txl_deploy.runtimes.registry import eager_from_checkpoint, resolve_device
     from txl_train.errors import ArtifactError
 
+    device = resolve_device(device, [read_manifest(path).format for path in artifacts])  # one for all, so that no table mixes devices
     opened = [open_exported(path, lengths=lengths, device=device, threads=threads) for path in artifacts]
     for path, other in zip(artifacts, opened):
         if other.model_data.vocabulary.sha256 != opened[0].model_data.vocabulary.sha256:
@@ -234,16 +233,6 @@ def open_contenders(
         model_data = model_data or ModelData(loaded.dataset, loaded.vocabulary, loaded.data_folder)
     assert model_data is not None
     return led, model_data
-
-
-def command_line() -> str:
-    """Return the command as typed, so that it can be given again; the home folder becomes `~`, which says nothing of who typed it."""
-    home = os.path.expanduser("~").rstrip(os.sep)
-
-    def written(word: str) -> str:
-        return "~" + shlex.quote(word[len(home) :]) if home and word.startswith(home + os.sep) else shlex.quote(word)
-
-    return " ".join(written(word) for word in ["txl", *sys.argv[1:]])
 
 
 def _measure(plan: Sequence[tuple[list[Contender], Workload]], settings: BenchSettings) -> tuple[Row, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,7 @@ from txl_train.errors import UsageError, ValidationError
 
 if TYPE_CHECKING:
     from txl_deploy.opening import Opened
-    from txl_deploy.runtimes.base import RuntimeInfo
     from txl_train.data.corpus import IdArray
-    from txl_train.data.segments import Segment, SegmentIterator
     from txl_train.evaluate import EvalResult
 
 RULE = "=" * 100
@@ -56,7 +54,7 @@ def command(
     checkpoint: Path | None,
     artifact: Path | None,
     runtime: str | None,
-    memory: str,
+    memory: str | None,
     dataset: str | None,
     data: Path | None,
     split: str,
@@ -81,7 +79,7 @@ def command(
     from typing import cast
 
     from txl_deploy.opening import Lengths, open_checkpoint, open_exported
-    from txl_train.model.memory import MemoryKind
+    from txl_train.config import MemoryKind
 
     lengths = Lengths(tgt_len=tgt_len, mem_len=mem_len, clamp_len=clamp_len, same_length=same_length)
     request = _Request(dataset, data, split, manual, 1 if manual else batch_size, max_size, repeat)
@@ -90,7 +88,8 @@ def command(
     if artifact is not None:
         if runtime is not None:
             raise UsageError("`--runtime` goes with `--checkpoint`: an artifact knows what runs it.")
-        document = _evaluate(open_exported(artifact, lengths=lengths, device=device, threads=threads), request, as_json)
+        kind = cast(MemoryKind | None, memory)
+        document = _evaluate(open_exported(artifact, lengths=lengths, memory=kind, device=device, threads=threads), request, as_json)
     else:
         assert checkpoint is not None
         with open_checkpoint(
@@ -103,25 +102,21 @@ def command(
         write_json(out, document)
     if as_json:
         echo_json(document)
-    if target_perplexity is not None and not document["perplexity"] <= target_perplexity:
-        raise ValidationError(f"The perplexity {document['perplexity']:.3f} is above the target {target_perplexity:g}.")
+    if target_perplexity is not None and (document["perplexity"] is None or document["perplexity"] > target_perplexity):
+        raise ValidationError(f"The perplexity {document['perplexity']} is above the target {target_perplexity:g}.")
 
 
+@dataclass(frozen=True)
 class _Request:
     """What to score, and how much of it."""
 
-    def __init__(
-        self,
-        dataset: str | None,
-        data: Path | None,
-        split: str,
-        manual: tuple[str, ...],
-        batch_size: int,
-        max_size: int | None,
-        repeat: int,
-    ) -> None:
-        self.dataset, self.data, self.split, self.manual = dataset, data, split, manual
-        self.batch_size, self.max_size, self.repeat = batch_size, max_size, repeat
+    dataset: str | None
+    data: Path | None
+    split: str
+    manual: tuple[str, ...]
+    batch_size: int
+    max_size: int | None
+    repeat: int
 
 
 def _evaluate(opened: Opened, request: _Request, as_json: bool) -> dict[str, Any]:
@@ -132,14 +127,17 @@ def _evaluate(opened: Opened, request: _Request, as_json: bool) -> dict[str, Any
 
     info = opened.runtime.info
     spec = get_dataset(request.dataset or opened.model_data.dataset)
-    corpus_facts: dict[str, Any] = {"split": request.split}
+    facts: dict[str, Any] = {"dataset": spec.name, "unit": spec.unit, "vocabulary_sha256": opened.model_data.vocabulary.sha256}
     if request.manual:
-        ids: IdArray = encode_manual(opened.model_data, request.manual, dataset=request.dataset)
-        corpus_facts = {"split": "manual", "manual": list(request.manual)}
+        ids: IdArray
+        ids, n_unknown = encode_manual(opened.model_data, request.manual, dataset=request.dataset)
+        facts |= {"split": "manual", "manual": list(request.manual), "n_oov": n_unknown}
     else:
         corpus = open_corpus(opened.model_data, dataset=request.dataset, data=request.data)
         ids = corpus.ids(request.split)
-        corpus_facts |= {"corpus_sha256": corpus.sha256(request.split), "n_oov": corpus.oov(request.split), "data": str(corpus.directory)}
+        facts |= {"split": request.split, "corpus_sha256": corpus.sha256(request.split), "n_oov": corpus.oov(request.split)}
+        facts["data"] = str(corpus.directory)
+    facts["n_tokens_in_text"] = len(ids)
     segments = SegmentIterator(ids, batch_size=request.batch_size, tgt_len=info.tgt_len)
     per_pass = len(segments) if request.max_size is None else min(len(segments), request.max_size)
     if not as_json:
@@ -151,71 +149,76 @@ def _evaluate(opened: Opened, request: _Request, as_json: bool) -> dict[str, Any
     results: list[EvalResult] = []
     with progress("evaluating", per_pass * request.repeat) as advance:
         for number in range(request.repeat):
+
+            def tell(done: int, before: int = number * per_pass) -> None:
+                advance(before + done)
+
             results.append(
-                evaluate(
-                    opened.runtime,
-                    _limited(segments, per_pass),
-                    batch_size=request.batch_size,
-                    device=info.device,
-                    on_step=lambda done, before=number * per_pass: advance(before + done),  # type: ignore[misc]
-                )
+                evaluate(opened.runtime, segments, batch_size=request.batch_size, device=info.device, max_segments=per_pass, on_step=tell)
             )
-    document = _document(
-        info, results, request, corpus_facts | {"dataset": spec.name, "vocabulary_sha256": opened.model_data.vocabulary.sha256}
-    )
+    document = _document(opened, results, request, facts)
     if not as_json:
-        _print_summary(document, per_character=spec.unit != "word")
+        _print_summary(document)
     return document
 
 
-def _limited(segments: SegmentIterator, count: int) -> Iterator[Segment]:
-    return (segment for _, segment in zip(range(count), segments))
-
-
-def _document(info: RuntimeInfo, results: list[EvalResult], request: _Request, corpus_facts: dict[str, Any]) -> dict[str, Any]:
+def _document(opened: Opened, results: list[EvalResult], request: _Request, facts: dict[str, Any]) -> dict[str, Any]:
     from txl_train.evaluate import EvalResult
+    from txl_train.files import finite
 
+    info = opened.runtime.info
     total = EvalResult(
         nll_nats_sum=sum(result.nll_nats_sum for result in results),
         n_tokens=sum(result.n_tokens for result in results),
         n_segments=sum(result.n_segments for result in results),
         seconds=sum(result.seconds for result in results),
     )
-    return {
-        "nll_nats_per_token": total.nll_nats_per_token,
-        "perplexity": total.perplexity,
-        "bits_per_char": total.bits_per_char,
-        "n_tokens": total.n_tokens,
-        "nll_nats_sum": total.nll_nats_sum,
-        "runtime": info.name,
-        "provider": info.provider,
-        "device": info.device,
-        "dtype": info.dtype,
-        "memory": info.memory,
-        "batch_size": request.batch_size,
-        "tgt_len": info.tgt_len,
-        "mem_len": info.mem_len,
-        "clamp_len": info.config.clamp_len,
-        "same_length": info.config.same_length,
-        "protocol": "exact",
-        "repeat": request.repeat,
-        "max_size": request.max_size,
-        **corpus_facts,
-        "origin": info.origin,
-        "checkpoint_sha256": info.checkpoint_sha256,
-        "manifest_sha256": info.manifest_sha256,
-        "n_segments": total.n_segments,
-        "seconds": total.seconds,
-        "ms_per_segment": total.ms_per_segment,
-        "tokens_per_s": total.tokens_per_s,
-    }
+    document: dict[str, Any] = finite(
+        {
+            "nll_nats_per_token": total.nll_nats_per_token,
+            "perplexity": total.perplexity,
+            "bits_per_char": total.bits_per_char,  # per token: a character only where `unit` says so
+            "n_tokens": total.n_tokens,
+            "nll_nats_sum": total.nll_nats_sum,
+            "runtime": info.name,
+            "provider": info.provider,
+            "device": info.device,
+            "dtype": info.dtype,
+            "memory": info.memory,
+            "batch_size": request.batch_size,
+            "tgt_len": info.tgt_len,
+            "mem_len": info.mem_len,
+            "clamp_len": info.config.clamp_len,
+            "same_length": info.config.same_length,
+            "protocol": "exact",
+            "repeat": request.repeat,
+            "n_tokens_per_pass": results[0].n_tokens,
+            "max_size": request.max_size,
+            **facts,
+            "origin": opened.origin,
+            "checkpoint_sha256": info.checkpoint_sha256,
+            "manifest_sha256": info.manifest_sha256,
+            "n_segments": total.n_segments,
+            "seconds": total.seconds,
+            "ms_per_segment": total.ms_per_segment,
+            "tokens_per_s": total.tokens_per_s,
+        }
+    )
+    return document
 
 
-def _print_summary(document: dict[str, Any], *, per_character: bool) -> None:
+def _print_summary(document: dict[str, Any]) -> None:
     split = "test" if document["split"] == "manual" else document["split"]
-    figure = f"bpc {document['bits_per_char']:9.5f}" if per_character else f"ppl {document['perplexity']:9.3f}"
+    perplexity = float("inf") if document["perplexity"] is None else document["perplexity"]
+    figure = f"ppl {perplexity:9.3f}" if document["unit"] == "word" else f"bpc {document['bits_per_char']:9.5f}"
     click.echo(f"Time : {document['seconds']:.2f}s, {document['ms_per_segment']:.2f}ms/segment")
     click.echo(RULE)
     click.echo(f"| {split} loss {document['nll_nats_per_token']:5.2f} | {split} {figure} ")
     click.echo(RULE)
     click.echo(f"Tokens scored: {document['n_tokens']:,}")
+    if document["n_oov"]:
+        share = 100 * document["n_oov"] / document["n_tokens_in_text"]
+        click.echo(
+            f"{document['n_oov']:,} of the text's {document['n_tokens_in_text']:,} tokens ({share:.1f} %) are not in the vocabulary "
+            "and are scored as <unk>: compare perplexities over the same vocabulary only."
+        )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Literal, cast
 
 import click
 
 from txl_deploy.cli.lengths import length_options, memory_option
-from txl_deploy.cli.options import echo_json, json_option, threads_option, verbosity_options
+from txl_deploy.cli.options import command_line, echo_json, json_option, threads_option, verbosity_options
 
 
 @click.command("export")
@@ -29,7 +27,7 @@ def command(
     checkpoint: Path,
     format_name: str,
     out: Path,
-    memory: str,
+    memory: str | None,
     tgt_len: int | None,
     mem_len: int | None,
     clamp_len: int | None,
@@ -45,7 +43,7 @@ def command(
     """
     from txl_deploy.export.artifact import ExportRequest, export_artifact
     from txl_deploy.runtimes.registry import use_threads
-    from txl_train.model.memory import MemoryKind
+    from txl_train.config import MemoryKind
 
     use_threads(threads)
     exported = export_artifact(
@@ -53,13 +51,13 @@ def command(
             checkpoint=checkpoint,
             out=out,
             format=cast(Literal["onnx", "torchscript"], format_name),
-            memory=cast(MemoryKind, memory),
+            memory=cast(MemoryKind, memory or "kv"),
             tgt_len=tgt_len,
             mem_len=mem_len,
             clamp_len=clamp_len,
             same_length=same_length,
             overwrite=overwrite,
-            command=shlex.join(["txl", *sys.argv[1:]]),
+            command=command_line(),
         )
     )
     parity = exported.parity
@@ -72,14 +70,14 @@ def command(
                 "checkpoint_sha256": exported.manifest.source.checkpoint_sha256,
                 "tgt_len": exported.manifest.settings.tgt_len,
                 "mem_len": exported.manifest.settings.mem_len,
-                "memory": memory,
+                "memory": exported.manifest.settings.memory,
                 "checked": None if parity is None else {"passed": parity.passed, "max_abs_delta_nll": parity.max_abs_delta_nll},
             }
         )
         return
     settings = exported.manifest.settings
     lengths = f"tgt_len {settings.tgt_len}, mem_len {settings.mem_len}, any batch size"
-    click.echo(f"{exported.directory}: {format_name}, fp32, {memory} memory, {lengths}")
+    click.echo(f"{exported.directory}: {format_name}, fp32, {settings.memory} memory, {lengths}")
     for name, record in exported.manifest.files.items():
         click.echo(f"  {name}  {record.bytes / 1e6:.1f} MB  sha256 {record.sha256[:12]}…")
     if parity is None:

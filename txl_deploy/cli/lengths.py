@@ -34,11 +34,9 @@ def length_options(command: F) -> F:
 
 
 def memory_option(command: F) -> F:
-    """Add `--memory` as the argument `memory: str`, one of kv, hidden."""
+    """Add `--memory` as the argument `memory: str | None`, one of kv, hidden; None means kv, or whatever an artifact has."""
     return click.option(
         "--memory",
         type=click.Choice(["kv", "hidden"]),
-        default="kv",
-        show_default=True,
-        help="What is kept from step to step: projected keys and values (fast), or hidden states (half the size).",
+        help="What is kept from step to step: projected keys and values (fast), or hidden states (half the size).  [default: kv]",
     )(command)

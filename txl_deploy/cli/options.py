@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +93,16 @@ def data_options(command: F) -> F:
 def echo_json(document: Any) -> None:
     """Print `document` as one JSON document on standard output. A number that is not finite is a `ValueError`: JSON has none."""
     click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def command_line() -> str:
+    """Return the command as typed, so that it can be given again; the home folder becomes `~`, which says nothing of who typed it."""
+    home = os.path.expanduser("~").rstrip(os.sep)
+
+    def written(word: str) -> str:
+        return "~" + shlex.quote(word[len(home) :]) if home and word.startswith(home + os.sep) else shlex.quote(word)
+
+    return " ".join(written(word) for word in ["txl", *sys.argv[1:]])
 
 
 def verbosity(context: click.Context | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import click
 
 from txl_deploy.cli.options import data_options, device_option, echo_json, json_option, threads_option, verbosity_options
 from txl_deploy.cli.progress import progress
-from txl_train.errors import UsageError, ValidationError
+from txl_train.errors import ValidationError
 
 if TYPE_CHECKING:
     from txl_deploy.parity.rollout import ParityResult
@@ -54,7 +55,7 @@ def command(
     """
     from txl_deploy.corpora import open_corpus
     from txl_deploy.opening import open_exported
-    from txl_deploy.parity.rollout import compare, default_segments, take
+    from txl_deploy.parity.rollout import compare, default_segments
     from txl_deploy.runtimes.registry import eager_from_checkpoint
     from txl_train.data.segments import SegmentIterator
 
@@ -78,9 +79,7 @@ def command(
         )
     corpus = open_corpus(opened.model_data, dataset=dataset, data=data)
     iterator = SegmentIterator(corpus.ids(split), batch_size=batch_size, tgt_len=info.tgt_len)
-    chosen = take(iter(iterator), segments or default_segments(info.config, info.tgt_len))
-    if not chosen:
-        raise UsageError(f"The {split} split has no segment to compare on.")
+    chosen = list(itertools.islice(iterator, segments or default_segments(info.config, info.tgt_len)))
     with progress("comparing", len(chosen)) as advance:
         result = compare(reference, opened.runtime, chosen, on_step=advance)
     document = {

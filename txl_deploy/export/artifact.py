@@ -14,25 +14,21 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import txl_train
 from txl_deploy import manifest as manifests
 from txl_deploy.export.onnx import export_onnx
 from txl_deploy.export.torchscript import export_torchscript
-from txl_deploy.manifest import Manifest
+from txl_deploy.manifest import Format, Manifest
 from txl_deploy.parity.rollout import ParityResult, compare, random_segments
 from txl_deploy.runtimes.eager import EagerRuntime
 from txl_deploy.runtimes.registry import open_artifact
 from txl_deploy.signature import TensorSpec, step_signature
 from txl_train.checkpoint import load_model
-from txl_train.config import to_dict
-from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError
-from txl_train.files import file_sha256
+from txl_train.config import MemoryKind, to_dict
+from txl_train.errors import EnvironmentUnfitError, ManifestError, UsageError, ValidationError
 from txl_train.model.inference import InferenceStep, with_lengths
-from txl_train.model.memory import MemoryKind
 
-Format = Literal["onnx", "torchscript"]
 VOCABULARY_FILE = "vocabulary.json"
 _PACKAGES = {"onnx": ("torch", "onnx", "onnxscript"), "torchscript": ("torch",)}
 
@@ -75,7 +71,8 @@ def export_artifact(request: ExportRequest) -> Exported:
     config = with_lengths(model.config, mem_len=request.mem_len, clamp_len=request.clamp_len, same_length=request.same_length)
     tgt_len = checkpoint.eval_tgt_len if request.tgt_len is None else request.tgt_len
     step = InferenceStep(model, tgt_len, request.memory, config)
-    source_sha256 = file_sha256(request.checkpoint)
+    assert checkpoint.sha256 is not None  # it was loaded from a file
+    source_sha256 = checkpoint.sha256
     signature = step_signature(config, tgt_len=tgt_len, memory=request.memory)
     with _folder_beside(request.out, overwrite=request.overwrite) as directory:
         if request.format == "onnx":
@@ -86,7 +83,9 @@ def export_artifact(request: ExportRequest) -> Exported:
                 "mem_len": str(config.mem_len),
                 "clamp_len": str(config.clamp_len),
                 "same_length": str(config.same_length).lower(),
+                "same_length_rule": config.same_length_rule,
                 "memory": request.memory,
+                "dtype": "fp32",
             }
             files = export_onnx(step, directory, metadata)
         else:
@@ -132,15 +131,18 @@ def export_artifact(request: ExportRequest) -> Exported:
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
-    """Refuse to write over anything, except over an artifact with `overwrite`. Raises `UsageError`."""
+    """Refuse to write over anything, except with `overwrite` over an artifact and nothing else. Raises `UsageError`."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not out.is_dir() or not (out / manifests.FILE_NAME).exists():
-        raise UsageError(f"{out} exists and is no exported model.", remedy="Choose another folder with `--out`.")
+    elsewhere = "Choose another folder with `--out`."
+    try:
+        strangers = manifests.unlisted(out, manifests.read_manifest(out))
+    except (ManifestError, OSError):
+        raise UsageError(f"{out} exists and is no exported model.", remedy=elsewhere) from None
     if not overwrite:
-        raise UsageError(
-            f"{out} holds an exported model already.", remedy="Choose another folder with `--out`, or replace it with `--overwrite`."
-        )
+        raise UsageError(f"{out} holds an exported model already.", remedy=f"{elsewhere} `--overwrite` replaces it.")
+    if strangers:
+        raise UsageError(f"{out} holds files that are not of the exported model: {', '.join(strangers[:5])}.", remedy=elsewhere)
 
 
 def _record(spec: TensorSpec) -> manifests.TensorRecord:

@@ -9,7 +9,7 @@ is at least twice as long as the receptive field where the text allows, and rows
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from txl_train import metrics
 from txl_train.config import ModelConfig
 from txl_train.data.segments import Segment
 from txl_train.errors import UsageError
+from txl_train.files import finite
 
 BATCH_SIZE = 3
 """Streams of a comparison: more than one, so that the batch axis counts, and odd."""
@@ -71,8 +72,9 @@ class ParityResult:
     segments: list[SegmentParity]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values for JSON."""
-        return asdict(self)
+        """Return it as plain values for JSON; a figure that is not finite becomes None."""
+        document: dict[str, Any] = finite(asdict(self))
+        return document
 
 
 def receptive_field_segments(config: ModelConfig, tgt_len: int) -> int:
@@ -123,7 +125,9 @@ def compare(
     _check_same_lengths(reference, candidate)
     if not segments:
         raise UsageError("There is no segment to compare on.", remedy="Give a longer text.")
-    bounds = TOLERANCES[candidate.info.dtype] if tolerance is None else tolerance
+    bounds = TOLERANCES.get(candidate.info.dtype) if tolerance is None else tolerance
+    if bounds is None:
+        raise UsageError(f"There is no bound on the differences of {candidate.info.dtype} yet, so nothing could be judged.")
     batch_size = segments[0].input_ids_BT.shape[0]
     sessions = (Session(reference, batch_size), Session(candidate, batch_size))
     parts: list[SegmentParity] = []
@@ -240,8 +244,3 @@ def _check_same_lengths(reference: Runtime, candidate: Runtime) -> None:
         raise UsageError(
             f"The two were made for different models or lengths: {'; '.join(differing)}.", remedy="Export the checkpoint again."
         )
-
-
-def take(segments: Iterator[Segment], n_segments: int) -> list[Segment]:
-    """Return the first `n_segments` of an iterator, or all of them if there are fewer."""
-    return [segment for _, segment in zip(range(n_segments), segments)]

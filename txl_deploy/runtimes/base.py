@@ -9,10 +9,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from txl_train.config import ModelConfig
+from txl_train.config import MemoryKind, ModelConfig
 from txl_train.errors import UsageError
 from txl_train.evaluate import Stepper
-from txl_train.model.memory import Memory, MemoryKind
+from txl_train.model.memory import Memory, state_count, state_shape
 
 
 class ShapeRangeError(UsageError):
@@ -21,7 +21,7 @@ class ShapeRangeError(UsageError):
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeInfo:
-    """What runs, read back from the runtime rather than believed."""
+    """What runs: the provider as the runtime itself reports it, the rest as the artifact's manifest says."""
 
     name: str
     """pytorch, torchscript or onnx."""
@@ -51,7 +51,11 @@ class RuntimeInfo:
 
 
 class Runtime(Stepper, Protocol):
-    """Runs one segment on its device. Outputs of `step` stay valid until the next one; clone what you keep."""
+    """Runs one segment on its device.
+
+    Any number of memories may take turns. What `step` returns stays valid until the step after the next one that continues it: clone
+    what is kept for longer.
+    """
 
     @property
     def info(self) -> RuntimeInfo:
@@ -78,5 +82,13 @@ def check_shapes(info: RuntimeInfo, input_ids_BT: Tensor, target_ids_BT: Tensor,
                 f"`{name}` of this {info.name} runtime must have shape [batch_size, {info.tgt_len}], but has {list(tensor.shape)} instead.",
                 remedy=f"Give segments of {info.tgt_len} tokens, or export again with `--tgt-len {length}`.",
             )
-    if memory.length_B.shape[0] != B or any(state.shape[0] != B for state in memory.states):
+    if memory.length_B.shape[0] != B:
         raise ShapeRangeError(f"The memory is of {memory.length_B.shape[0]} streams, but the tokens are of {B}.")
+    expected_state, expected_count = state_shape(info.config, info.memory, B), state_count(info.config, info.memory)
+    if len(memory.states) != expected_count or any(state.shape != expected_state for state in memory.states):
+        found = list(memory.states[0].shape) if memory.states else []
+        raise ShapeRangeError(
+            f"The memory of this {info.name} runtime must be {expected_count} tensors of shape {list(expected_state)}, "
+            f"but is {len(memory.states)} of shape {found} instead.",
+            remedy="Begin with the runtime's own `initial_memory`.",
+        )

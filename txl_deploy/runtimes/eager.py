@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from txl_deploy.runtimes.base import RuntimeInfo, check_shapes
-from txl_train.config import ModelConfig
+from txl_train.config import MemoryKind, ModelConfig
 from txl_train.evaluate import ModelStepper, StepOutput
-from txl_train.model.memory import Memory, MemoryKind
+from txl_train.model.memory import Memory
 from txl_train.model.transformer_xl import TransformerXL
 
 

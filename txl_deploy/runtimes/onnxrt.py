@@ -1,7 +1,7 @@
 """ONNX Runtime: `model.onnx` on the CPU, or on a GPU where its CUDA provider really runs. The only file that imports onnxruntime.
 
-Inputs are bound where they lie and outputs are written into two sets of preallocated buffers by turns, so the memory is never
-copied on its way from one step to the next.
+Inputs are bound where they lie, and states are written into buffers that are used again: the memory that a step has read becomes the
+place for what the step after the next one writes. So nothing is copied, and any number of sessions may take turns on one runtime.
 """
 
 # Shape suffixes: B batch, T tgt_len
@@ -9,25 +9,38 @@ copied on its way from one step to the next.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from txl_deploy.runtimes.base import RuntimeInfo, check_shapes
-from txl_deploy.signature import Signature, step_signature
+from txl_deploy.signature import TensorSpec, step_signature
 from txl_train.errors import ArtifactError, EnvironmentUnfitError
 from txl_train.evaluate import StepOutput
 from txl_train.model.adaptive import cluster_rows
 from txl_train.model.memory import Memory, empty_memory, state_count, state_shape
 
 _INSTALL = "Install it with `pip install 'txl[onnx]'` (or `'txl[onnx-gpu]'` on a GPU)."
+_ELEMENTS: dict[torch.dtype, Any] = {torch.int64: np.int64, torch.float32: np.float32}
+_ONNX_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)"}
+
+
+def has_cuda() -> bool:
+    """Return whether an onnxruntime with a CUDA provider is installed."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 class OnnxRuntime:
-    """One session and the buffers of the batch size it was last used with."""
+    """One session of onnxruntime and its bindings."""
 
     def __init__(self, path: Path, info: RuntimeInfo, *, threads: int | None = None) -> None:
         """Open `path`; `info.device` chooses the provider, and what really runs is read back into `info`."""
@@ -41,8 +54,6 @@ class OnnxRuntime:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        if on_gpu:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         wanted = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
         if wanted not in onnxruntime.get_available_providers():
             raise EnvironmentUnfitError(
@@ -65,20 +76,19 @@ class OnnxRuntime:
                 f"ONNX Runtime fell back to {provider} instead of {wanted}.", remedy="Run `txl doctor` to see what is missing."
             )
         self._info = dataclasses.replace(info, provider=provider)
-        self._signature: Signature = step_signature(info.config, tgt_len=info.tgt_len, memory=info.memory)
+        self._signature = step_signature(info.config, tgt_len=info.tgt_len, memory=info.memory)
         self._check_graph(path)
         self._cluster_ends = list(info.config.cluster_ends)
         self._device = torch.device(info.device)
         self._binding = self._session.io_binding()
-        self._outputs: list[tuple[Tensor, Memory]] = []
         self._somewhere = torch.zeros(1, device=self._device)
+        self._ours = WeakTensorKeyDictionary()
+        self._spare = WeakTensorKeyDictionary()
 
     def _check_graph(self, path: Path) -> None:
-        for expected, found in (
-            (self._signature.inputs, self._session.get_inputs()),
-            (self._signature.outputs, self._session.get_outputs()),
-        ):
-            if [spec.name for spec in expected] != [argument.name for argument in found]:
+        for specs, found in ((self._signature.inputs, self._session.get_inputs()), (self._signature.outputs, self._session.get_outputs())):
+            expected = [(spec.name, _ONNX_TYPES[spec.dtype], list(spec.axes)) for spec in specs]
+            if expected != [(argument.name, argument.type, list(argument.shape)) for argument in found]:
                 raise ArtifactError(
                     f"The graph in {path} has other inputs or outputs than its manifest says.", remedy="Export it again with `txl export`."
                 )
@@ -97,34 +107,32 @@ class OnnxRuntime:
         check_shapes(self._info, input_ids_BT, target_ids_BT, memory)
         rows = cluster_rows(target_ids_BT.reshape(-1), self._cluster_ends)
         inputs = [tensor.contiguous() for tensor in (input_ids_BT, target_ids_BT, *rows, memory.length_B, *memory.states)]
-        nll_BT, new = self._buffers_not_holding(memory, input_ids_BT.shape[0])
-        for spec, tensor in zip(self._signature.inputs, inputs):
-            self._bind(self._binding.bind_input, spec.name, tensor)
-        for spec, tensor in zip(self._signature.outputs, [nll_BT, new.length_B, *new.states]):
-            self._bind(self._binding.bind_output, spec.name, tensor)
+        nll_BT = torch.empty(input_ids_BT.shape, device=self._device)
+        length_B = torch.empty_like(memory.length_B)
+        states = self._take_buffers(memory)
+        self._bind(self._binding.bind_input, self._signature.inputs, inputs)
+        self._bind(self._binding.bind_output, self._signature.outputs, [nll_BT, length_B, *states])
         self.synchronize()
         self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
-        return StepOutput(nll_BT, new)
+        if memory.states[0] in self._ours:
+            self._spare[states[0]] = memory.states
+        self._ours[states[0]] = True
+        return StepOutput(nll_BT, Memory(states, length_B))
 
-    def _bind(self, bind: Any, name: str, tensor: Tensor) -> None:
-        element = np.int64 if tensor.dtype == torch.int64 else np.float32
-        address = tensor.data_ptr() or self._somewhere.data_ptr()  # an empty tensor lies nowhere, which onnxruntime refuses
-        bind(name, self._device.type, self._device.index or 0, element, tuple(tensor.shape), address)
-
-    def _buffers_not_holding(self, memory: Memory, batch_size: int) -> tuple[Tensor, Memory]:
-        """Return the output buffers that `memory` does not lie in, making both sets anew for another batch size."""
-        if not self._outputs or self._outputs[0][0].shape[0] != batch_size:
-            self._outputs = [self._new_buffers(batch_size) for _ in range(2)]
-        first_length = self._outputs[0][1].length_B
-        return self._outputs[1 if memory.length_B.data_ptr() == first_length.data_ptr() else 0]
-
-    def _new_buffers(self, batch_size: int) -> tuple[Tensor, Memory]:
+    def _take_buffers(self, memory: Memory) -> list[Tensor]:
+        """Return tensors for the new states: those that the memory before `memory` lay in, if this runtime made them, or new ones."""
+        spare: list[Tensor] | None = self._spare.pop(memory.states[0], None)  # type: ignore[no-untyped-call]
+        if spare is not None and spare[0].shape == memory.states[0].shape:
+            return spare
         info = self._info
-        shape = state_shape(info.config, info.memory, batch_size)
-        states = [torch.empty(shape, device=self._device) for _ in range(state_count(info.config, info.memory))]
-        length_B = torch.empty(batch_size, dtype=torch.int64, device=self._device)
-        return torch.empty(batch_size, info.tgt_len, device=self._device), Memory(states, length_B)
+        shape = state_shape(info.config, info.memory, memory.length_B.shape[0])
+        return [torch.empty(shape, device=self._device) for _ in range(state_count(info.config, info.memory))]
+
+    def _bind(self, bind: Callable[..., None], specs: tuple[TensorSpec, ...], tensors: list[Tensor]) -> None:
+        for spec, tensor in zip(specs, tensors, strict=True):
+            address = tensor.data_ptr() or self._somewhere.data_ptr()  # an empty tensor lies nowhere, which onnxruntime refuses
+            bind(spec.name, self._device.type, self._device.index or 0, _ELEMENTS[tensor.dtype], tuple(tensor.shape), address)
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from txl_deploy import manifest as manifests
 from txl_deploy.manifest import Manifest
 from txl_deploy.runtimes.base import Runtime, RuntimeInfo
-from txl_train.config import ModelConfig, model_config_from_dict
-from txl_train.errors import EnvironmentUnfitError, ManifestError
+from txl_train.config import MemoryKind, ModelConfig, model_config_from_dict
+from txl_train.device import resolve_device as device_named
+from txl_train.errors import ManifestError
 from txl_train.files import file_sha256
-from txl_train.model.memory import MemoryKind
 
 if TYPE_CHECKING:
     from txl_train.checkpoint import Checkpoint
@@ -35,18 +35,16 @@ def _onnx(directory: Path, info: RuntimeInfo, threads: int | None) -> Runtime:
 _OPENERS: dict[str, Callable[[Path, RuntimeInfo, int | None], Runtime]] = {"torchscript": _torchscript, "onnx": _onnx}
 
 
-def resolve_device(device: str) -> str:
-    """Return `cpu` or `cuda:0` for auto, cpu or cuda. Raises `EnvironmentUnfitError` if a GPU is asked for and there is none."""
-    import torch
+def resolve_device(device: str, runtimes: Iterable[str] = ()) -> str:
+    """Return `cpu` or `cuda:0` for auto, cpu or cuda; auto is a GPU if PyTorch and all of `runtimes` can use one.
 
-    if device == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise EnvironmentUnfitError(
-            "A GPU was asked for, but PyTorch finds none on this machine.",
-            remedy="Use `--device cpu`, or run `txl doctor` to see what is missing.",
-        )
-    return "cuda:0" if device == "cuda" else device
+    Raises `EnvironmentUnfitError` if a GPU is asked for and PyTorch finds none.
+    """
+    if device == "auto" and "onnx" in runtimes:
+        from txl_deploy.runtimes.onnxrt import has_cuda
+
+        device = "auto" if has_cuda() else "cpu"
+    return device_named(device)
 
 
 def use_threads(threads: int | None) -> None:
@@ -69,7 +67,7 @@ def open_artifact(directory: Path, *, device: str = "cpu", threads: int | None =
     info = RuntimeInfo(
         name=manifest.format,
         provider=manifest.format,
-        device=resolve_device(device),
+        device=resolve_device(device, [manifest.format]),
         dtype=manifest.settings.dtype,
         memory=manifest.settings.memory,
         tgt_len=manifest.settings.tgt_len,
@@ -118,6 +116,6 @@ def eager_from_checkpoint(
         memory=memory,
         config=with_lengths(model.config, mem_len=mem_len, clamp_len=clamp_len, same_length=same_length),
         origin=str(path),
-        checkpoint_sha256=file_sha256(path),
+        checkpoint_sha256=checkpoint.sha256,
     )
     return runtime, checkpoint

@@ -13,10 +13,9 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from txl_train.config import ModelConfig
+from txl_train.config import MemoryKind, ModelConfig
 from txl_train.errors import ConfigError
 from txl_train.model.attention import visible_keys
-from txl_train.model.memory import MemoryKind
 from txl_train.model.positional import relative_positions
 from txl_train.model.transformer_xl import Decoder, TransformerXL
 

@@ -14,14 +14,12 @@ which equals the reference's memory of zero length exactly, because positions be
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from txl_train.config import ModelConfig
-
-MemoryKind = Literal["hidden", "kv"]
+from txl_train.config import MemoryKind, ModelConfig
 
 
 class Memory(NamedTuple):

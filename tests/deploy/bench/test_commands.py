@@ -12,7 +12,7 @@ from tests.deploy.bench.samples import result_of, rows_of
 from tests.deploy.conftest import TGT_LEN
 from tests.support import small_config, write_checkpoint
 from txl_deploy.bench.result import BenchResult
-from txl_deploy.cli import bench
+from txl_deploy.cli import options
 from txl_deploy.cli.main import main
 
 FEW = ("--duration", "0", "--min-samples", "3", "--max-samples", "3")
@@ -124,8 +124,10 @@ def test_underscores_are_understood(exports, capsys):
 
 def test_the_recorded_command_can_be_given_again_and_names_no_home_folder(monkeypatch):
     home = str(Path("~").expanduser())
-    monkeypatch.setattr(bench.sys, "argv", ["/somewhere/txl", "bench", "--artifact", os.path.join(home, "my models"), "--out", "a b.json"])
-    assert bench.command_line() == "txl bench --artifact ~'/my models' --out 'a b.json'"
+    monkeypatch.setattr(
+        options.sys, "argv", ["/somewhere/txl", "bench", "--artifact", os.path.join(home, "my models"), "--out", "a b.json"]
+    )
+    assert options.command_line() == "txl bench --artifact ~'/my models' --out 'a b.json'"
 
 
 def test_a_report_is_written_beside_its_charts(tmp_path, capsys):

@@ -65,6 +65,7 @@ def test_an_artifact_has_the_perplexity_of_its_checkpoint(exports: Exports, caps
     assert document["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
     assert document["n_tokens"] == expected["n_tokens"]
     assert document["checkpoint_sha256"] == expected["checkpoint_sha256"]
+    assert document["origin"] == str(getattr(exports, name))
     assert document["corpus_sha256"] == expected["corpus_sha256"]
 
 
@@ -101,12 +102,19 @@ def test_manual_text_is_scored_word_by_word(exports: Exports, capsys: Capture) -
     document = run_json(capsys, "--checkpoint", exports.checkpoint, "--manual", "word3 word4 surely-unknown")
     assert document["n_tokens"] == 3  # two words after the first, and <eos>
     assert document["batch_size"] == 1
+    assert document["n_oov"] == 1
+
+
+def test_unknown_words_are_told_beside_the_perplexity(exports: Exports, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "test.txt").write_text("word1 new word2 newer newest\n" * 20)
+    assert main(["eval", "--checkpoint", str(exports.checkpoint), "--data", str(tmp_path), "--batch-size", "2"]) == 0
+    assert "60 of the text's 120 tokens (50.0 %) are not in the vocabulary" in capsys.readouterr().out
 
 
 def test_repeating_scores_everything_again_from_a_cold_start(exports: Exports, capsys: Capture) -> None:
     once = run_json(capsys, "--checkpoint", exports.checkpoint)
     twice = run_json(capsys, "--checkpoint", exports.checkpoint, "--repeat", 2)
-    assert twice["n_tokens"] == 2 * once["n_tokens"]
+    assert twice["n_tokens"] == 2 * once["n_tokens"] == 2 * twice["n_tokens_per_pass"]
     assert twice["nll_nats_per_token"] == pytest.approx(once["nll_nats_per_token"], rel=1e-12)
 
 
@@ -131,6 +139,7 @@ WRONG = {
     "a truncated checkpoint": (["eval", "--checkpoint", "{tmp}/short.pt"], 4, "damaged"),
     "a missing artifact": (["eval", "--artifact", "{tmp}/none"], 4, "no folder"),
     "a changed artifact": (["eval", "--artifact", "{tmp}/onnx"], 4, "was changed"),
+    "a kind of memory an artifact does not have": (["eval", "--artifact", "{onnx}", "--memory", "hidden"], 2, "`--memory` kv"),
     "lengths an artifact does not have": (["eval", "--artifact", "{onnx}", "--mem-len", "9"], 2, "exported for `--mem-len` 7"),
     "a missing corpus": (["eval", "--checkpoint", "{checkpoint}", "--data", "{tmp}/nowhere"], 2, "no folder"),
     "an empty corpus": (["eval", "--checkpoint", "{checkpoint}", "--data", "{tmp}/empty"], 2, "empty"),

@@ -79,5 +79,24 @@ def test_a_runtime_that_computes_something_else_fails_with_1_and_says_where(
     assert "does not compute what" in captured.err
 
 
+def test_numbers_that_are_not_finite_fail_with_1_and_leave_valid_json(
+    exports: Exports, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from txl_deploy.runtimes.torchscript import TorchScriptRuntime
+
+    real = TorchScriptRuntime.step
+    monkeypatch.setattr(TorchScriptRuntime, "step", lambda self, *tensors: _not_a_number(real(self, *tensors)))
+    arguments = ["parity", "--checkpoint", str(exports.checkpoint), "--artifact", str(exports.torchscript)]
+    assert main([*arguments, "--json", "--out", str(tmp_path / "parity.json")]) == 1
+    document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert document["passed"] is False
+    assert document["max_abs_delta_nll"] is None
+    assert json.loads((tmp_path / "parity.json").read_text()) == document
+
+
+def _not_a_number(output):  # type: ignore[no-untyped-def]
+    return output._replace(nll_BT=output.nll_BT * float("nan"))
+
+
 def _full(memory):  # type: ignore[no-untyped-def]
     return memory._replace(length_B=torch.full_like(memory.length_B, 7))

@@ -56,6 +56,21 @@ def test_a_folder_that_is_no_artifact_is_never_replaced(exports: Exports, tmp_pa
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_folder_with_a_manifest_of_something_else_is_never_replaced(exports: Exports, tmp_path: Path) -> None:
+    (tmp_path / "webapp").mkdir()
+    (tmp_path / "webapp" / "manifest.json").write_text('{"name": "my site"}')
+    with pytest.raises(UsageError, match="no exported model"):
+        export_artifact(request(exports, tmp_path / "webapp", overwrite=True))
+
+
+def test_a_file_of_the_user_s_own_in_an_artifact_is_never_lost(exports: Exports, tmp_path: Path) -> None:
+    export_artifact(request(exports, tmp_path / "a"))
+    (tmp_path / "a" / "notes.txt").write_text("measured on Tuesday")
+    with pytest.raises(UsageError, match=r"notes\.txt"):
+        export_artifact(request(exports, tmp_path / "a", overwrite=True))
+    assert (tmp_path / "a" / "notes.txt").exists()
+
+
 def test_an_export_that_computes_something_else_leaves_nothing_behind(
     exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from txl_deploy.runtimes.base import Runtime, ShapeRangeError
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact, resolve_device
 from txl_deploy.session import Session
 from txl_train.errors import ArtifactError, EnvironmentUnfitError, ManifestError
-from txl_train.model.memory import Memory
+from txl_train.model.memory import Memory, empty_memory
 
 NAMES = ["pytorch", "torchscript", "onnx"]
 
@@ -87,6 +87,50 @@ def test_a_step_does_not_overwrite_the_memory_it_reads(exports: Exports, name: s
         output = runtime.step(input_ids, target_ids, memory)
         assert all(torch.equal(a, b) for a, b in zip(before, memory.states))
         memory = output.memory
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sessions_that_take_turns_on_one_runtime_do_not_disturb_each_other(exports: Exports, name: str) -> None:
+    runtime = open_named(exports, name)
+    segments = segments_of(runtime, 3, 12)
+    alone = []
+    for own in (segments[:6], segments[6:]):
+        session = Session(runtime, 3)
+        alone.append([session.step(*segment).clone() for segment in own])
+    first, second = Session(runtime, 3), Session(runtime, 3)
+    for i in range(6):
+        torch.testing.assert_close(first.step(*segments[i]), alone[0][i], atol=1e-6, rtol=0)
+        torch.testing.assert_close(second.step(*segments[6 + i]), alone[1][i], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_never_writes_where_it_reads_even_after_a_reset(exports: Exports, name: str) -> None:
+    runtime = open_named(exports, name)
+    session = Session(runtime, 2)
+    for i, segment in enumerate(segments_of(runtime, 2, 8)):
+        if i in (2, 3, 6):
+            session.reset([1])
+        read = {state.data_ptr() for state in session.memory.states}
+        session.step(*segment)
+        assert not read & {state.data_ptr() for state in session.memory.states}
+
+
+def test_onnx_runtime_uses_two_sets_of_buffers_by_turns(exports: Exports) -> None:
+    session = Session(open_named(exports, "onnx"), 2)
+    places = set()
+    for segment in segments_of(session.runtime, 2, 9):
+        session.step(*segment)
+        places.add(session.memory.states[0].data_ptr())
+    assert len(places) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_memory_of_another_kind_is_refused(exports: Exports, name: str) -> None:
+    runtime = open_named(exports, name)
+    ids = torch.zeros((2, TGT_LEN), dtype=torch.int64)
+    hidden = empty_memory(runtime.info.config, "hidden", 2)
+    with pytest.raises(ShapeRangeError, match="must be 4 tensors of shape"):
+        runtime.step(ids, ids, hidden)
 
 
 @pytest.mark.parametrize("name", NAMES)
