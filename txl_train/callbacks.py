@@ -97,7 +97,7 @@ class Run(Protocol):
 
     @property
     def ending(self) -> Ending | None:
-        """Why the run is to end after the step under way; None while it goes on."""
+        """Why the run is to end after the step under way; None while it goes on. A signal goes before every other reason."""
         ...
 
     def stop(self, ending: Ending) -> None:
@@ -261,9 +261,10 @@ class StopRequestedError(Exception):
 
 
 class EvaluateAndSave(Callback):
-    """Every `interval` steps, and after the last: score valid.txt, then write checkpoint_last.pt, and checkpoint_best.pt if it is the best.
+    """Every `interval` steps, and after the last: write checkpoint_last.pt, score valid.txt, write checkpoint_best.pt if it is the best.
 
-    A signal skips the evaluation, but not checkpoint_last.pt. `score` scores valid.txt, calling its argument after each segment.
+    Whatever ends an evaluation, the steps before it are saved; a best score is written into checkpoint_last.pt afterwards. A signal skips
+    the evaluation or cuts it short. `score` scores valid.txt, calling its argument after each segment.
     """
 
     def __init__(
@@ -279,13 +280,13 @@ class EvaluateAndSave(Callback):
         """Of the latest evaluation."""
 
     def after_step(self, run: Run, report: StepReport) -> None:
-        if (report.step % self._interval == 0 or report.step == run.max_step) and not _by_signal(run.ending):
+        if (report.step % self._interval == 0 or report.step == run.max_step) and not by_signal(run.ending):
             self._evaluate_and_save(run)
 
     def end(self, run: Run, ending: Ending) -> None:
         if self._saved_step == run.progress.step:
             return
-        if _by_signal(ending):
+        if by_signal(ending):
             with run.paused():
                 self._save_last(run)
         else:
@@ -295,14 +296,15 @@ class EvaluateAndSave(Callback):
         progress = run.progress
 
         def check(n_segments: int) -> None:
-            if _by_signal(run.ending):
+            if by_signal(run.ending):
                 raise StopRequestedError
 
         with run.paused():
+            self._save_last(run)
             try:
                 result = self._score(check)
             except StopRequestedError:
-                return  # `end` saves
+                return
             self.result = result
             nll = result.nll_nats_per_token
             self._record.say("-" * 100)
@@ -314,7 +316,7 @@ class EvaluateAndSave(Callback):
             self._record.measure("valid", step=progress.step, epoch=progress.epoch, best=is_best, **result_figures(result, self._char))
             if is_best:
                 save_checkpoint(self._best, run.checkpoint(training=False))
-            self._save_last(run)
+                self._save_last(run)
 
     def _save_last(self, run: Run) -> None:
         save_checkpoint(self._last, run.checkpoint(training=True))
@@ -424,13 +426,14 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def by_signal(ending: Ending | None) -> bool:
+    """True if a signal ended the run: then nothing more is computed, only saved."""
+    return ending in ("sigint", "sigterm")
+
+
 def nll_figure(nll: float, char: bool) -> dict[str, float]:
     """The figure people quote for a mean nll: bits per character, or perplexity."""
     return {"bits_per_char": metrics.bits_per_char(nll)} if char else {"perplexity": metrics.perplexity(nll)}
-
-
-def _by_signal(ending: Ending | None) -> bool:
-    return ending in ("sigint", "sigterm")
 
 
 def _drop_unfinished_line(path: Path) -> None:

@@ -31,6 +31,7 @@ from txl_train.callbacks import (
     RunRecord,
     StopOnSignal,
     TimeLimit,
+    by_signal,
     end_line,
     nll_figure,
     result_figures,
@@ -41,6 +42,7 @@ from txl_train.data import pydoc
 from txl_train.data.corpus import Corpus, load_corpus
 from txl_train.data.datasets import default_cutoffs, get_dataset
 from txl_train.data.segments import SegmentIterator
+from txl_train.device import resolve_device
 from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError, UsageError
 from txl_train.evaluate import EvalResult, ModelStepper, evaluate
 from txl_train.model.inference import with_lengths
@@ -132,7 +134,7 @@ def train(
         _check_unchanged(continue_from, config)
     in_place = in_place and continue_from is not None
     folder = Path(config.train.work_dir)
-    device = select_device(config.train.device)
+    device = torch.device(resolve_device(config.train.device))
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     _make_folder(folder, may_hold_a_run=in_place or overwrite)
@@ -156,6 +158,8 @@ def train(
     char = corpus.vocabulary.unit != "word"
     with contextlib.closing(RunRecord(folder, append=in_place)) as record:
         _record_start(record, trainer, corpus, continuing=continue_from is not None)
+        for line in resolved.differences:
+            record.say(line)
         evaluation = EvaluateAndSave(
             record,
             folder,
@@ -172,7 +176,7 @@ def train(
         ending = trainer.run()
 
         progress, test = trainer.progress, None
-        if ending in ("sigint", "sigterm"):
+        if by_signal(ending):
             record.say(f"Stopped at step {progress.step}; the run is saved in {folder / LAST_NAME}. Continue with `--restart`.")
         else:
             test = score(load_model(folder / BEST_NAME)[0].to(device), test_ids)
@@ -218,20 +222,6 @@ class _Scorer:
         segments = SegmentIterator(ids, batch_size=batch_size, tgt_len=tgt_len)
         stepper = ModelStepper(model.eval(), tgt_len=tgt_len, config=self.config)
         return evaluate(stepper, segments, batch_size=batch_size, device=self.device, max_segments=max_segments, on_step=on_step)
-
-
-def select_device(name: str) -> torch.device:
-    """Return the device for "auto", "cpu" or "cuda"; auto is a GPU if there is one.
-
-    Raises:
-        EnvironmentUnfitError: a GPU is asked for and PyTorch finds none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentUnfitError(
-            "A GPU was asked for, but PyTorch finds none on this machine.",
-            remedy="Use `--device cpu`, or run `txl doctor` to see what is missing.",
-        )
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def open_corpus(config: DataConfig, work_dir: Path) -> Corpus:

@@ -1,4 +1,5 @@
-"""Where each setting's value comes from: defaults, a preset or file, the environment, the command line; later ones win.
+"""Where each setting's value comes from: defaults, a preset or file, the checkpoint that is continued, the environment, the command
+line; later ones win.
 
 Knows how texts become typed values, how names are found (`section.key` or `key` alone: no two sections share a key), and keeps the
 origin of every value. What the settings mean and which values are allowed stands in `config`. Imports no PyTorch.
@@ -33,6 +34,8 @@ NOT_SETTINGS = frozenset({"TXL_CACHE_DIR", "TXL_DEBUG", "TXL_SHARED_DIR"})
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 
+_FOLDERS = ("data.data", "train.work_dir")
+
 FIELDS: dict[str, str] = {field.name: section for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
 """The section of every setting."""
 assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values()), "a key must belong to one section only"
@@ -53,6 +56,8 @@ class Resolved:
     config: RunConfig
     origin: dict[str, str]
     """`section.key` -> "default", "preset tiny", "run.yaml:12", "checkpoint", "environment TXL_LR", "command line"."""
+    differences: tuple[str, ...] = ()
+    """A line for each setting that is not the checkpoint's, and for each that a config file would have otherwise."""
 
     def table(self) -> str:
         """Return the settings as text, one a line: name, value, origin."""
@@ -100,7 +105,8 @@ def resolve(
 
     Args:
         config: name of a preset, or path of a YAML file with the sections model, data, optim, train.
-        stored: settings {section: {key: value}} of the checkpoint that is continued; they win over the defaults only.
+        stored: settings {section: {key: value}} of the checkpoint that is continued. They win over `config`, which the run began from,
+            for what was given on top of it then holds still.
         environment: variables TXL_<SECTION>_<FIELD> or TXL_<FIELD>; None means those of the process.
         overrides: names and values from the command line's options; a value that is text is parsed.
         assignments: `section.key=value` or `key=value`, from the command line's `--set`; they win over `overrides`.
@@ -109,15 +115,9 @@ def resolve(
         ConfigError: a key is unknown, or a value is of the wrong type or out of range; the message names key and origin.
         UsageError: the config file does not exist.
     """
-    given: dict[str, Setting] = {}
-    if stored is not None:
-        given |= _typed(_from_sections(stored, "checkpoint"))
-    if config is not None:
-        given |= _typed(_from_config(config))
-    given |= _typed(_from_environment(os.environ if environment is None else environment))
-    given |= _typed({find(name): Setting(value, "command line") for name, value in overrides})
-    given |= _typed(_from_assignments(assignments))
-
+    from_config = {} if config is None else _typed(_from_config(config))
+    from_checkpoint = {} if stored is None else _typed(_from_sections(stored, "checkpoint"))
+    given = from_config | from_checkpoint | _from_outside(environment, overrides, assignments)
     parts: dict[str, Any] = {}
     for section, cls in SECTIONS.items():
         values = {name.partition(".")[2]: setting.value for name, setting in given.items() if name.startswith(f"{section}.")}
@@ -126,7 +126,26 @@ def resolve(
         except ConfigError as error:
             raise _with_origins(error, section, given) from error
     resolved = RunConfig(**parts)
-    return Resolved(resolved, {name: given[name].origin if name in given else "default" for name, _ in _flat(resolved)})
+    origin = {name: given[name].origin if name in given else "default" for name, _ in _flat(resolved)}
+    return Resolved(resolved, origin, _differences(given, from_checkpoint, from_config))
+
+
+def look_up(
+    name: str,
+    config: str | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    overrides: Iterable[tuple[str, Any]] = (),
+    assignments: Iterable[str] = (),
+) -> Any:
+    """Return the value of the one setting `section.key` as `resolve` would, without asking whether all of them fit together.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is of the wrong type.
+        UsageError: the config file does not exist.
+    """
+    given = ({} if config is None else _typed(_from_config(config))) | _from_outside(environment, overrides, assignments)
+    return given[name].value if name in given else dict(_flat(RunConfig()))[name]
 
 
 def find(name: str) -> str:
@@ -238,6 +257,35 @@ def _typed(settings: Mapping[str, Setting]) -> dict[str, Setting]:
         except ConfigError as error:
             raise ConfigError(f"{error.message} ({setting.origin})", remedy=error.remedy) from None
     return typed
+
+
+def _from_outside(
+    environment: Mapping[str, str] | None, overrides: Iterable[tuple[str, Any]], assignments: Iterable[str]
+) -> dict[str, Setting]:
+    given = _typed(_from_environment(os.environ if environment is None else environment))
+    given |= _typed({find(name): Setting(value, "command line") for name, value in overrides})
+    return given | _typed(_from_assignments(assignments))
+
+
+def _differences(
+    given: Mapping[str, Setting], from_checkpoint: Mapping[str, Setting], from_config: Mapping[str, Setting]
+) -> tuple[str, ...]:
+    """Say of which settings the checkpoint and another source have different values, and which value holds."""
+    lines = []
+    for name, before in from_checkpoint.items():
+        now, other, key = given[name], from_config.get(name), name.partition(".")[2]
+        if not _same(name, now.value, before.value):
+            lines.append(f"{key}: {_show(before.value)} in the checkpoint, now {_show(now.value)} ({now.origin})")
+        elif now is before and other is not None and not _same(name, other.value, before.value):
+            lines.append(f"{key}: {_show(before.value)} as in the checkpoint, not {_show(other.value)} ({other.origin})")
+    return tuple(lines)
+
+
+def _same(name: str, one: Any, other: Any) -> bool:
+    """True if two values of a setting mean the same; a folder may be spelled in several ways."""
+    if name in _FOLDERS and one is not None and other is not None:
+        return Path(one).resolve() == Path(other).resolve()
+    return bool(one == other)
 
 
 def _from_sections(sections: Mapping[str, Mapping[str, Any]], origin: str) -> dict[str, Setting]:
@@ -354,7 +402,7 @@ def _flat(config: RunConfig) -> list[tuple[str, Any]]:
 def _show(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return ",".join(_show(item) for item in value)
     return str(value)
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from txl_train.callbacks import LAST_NAME, Callback, Ending, Progress, StepReport
+from txl_train.callbacks import LAST_NAME, Callback, Ending, Progress, StepReport, by_signal
 from txl_train.checkpoint import Checkpoint
 from txl_train.config import RunConfig
 from txl_train.data.segments import Segment, SegmentIterator
@@ -31,6 +31,8 @@ from txl_train.model.transformer_xl import TransformerXL
 from txl_train.optim.build import build_optimizer
 from txl_train.optim.schedules import learning_rate
 from txl_train.precision import Precision
+
+_CONTINUE_SLOWER = f"{LAST_NAME} is as it was: continue from it with `--restart` and a smaller `--lr`."
 
 
 class Trainer:
@@ -70,7 +72,8 @@ class Trainer:
         self.precision = Precision(config.train.dtype, self.device)
         self.optimizer = build_optimizer(config.optim, self.model.parameters())
         self.memories = self._cold_memories()
-        self.ending: Ending | None = None
+        self._signal: Ending | None = None
+        self._other_ending: Ending | None = None
         self._run = dict(run or {})
         self._train_ids_crc32 = _crc32(train_ids)
         self._unchecked: list[StepReport] = []
@@ -88,8 +91,15 @@ class Trainer:
     def loss_scale(self) -> float | None:
         return self.precision.loss_scale
 
+    @property
+    def ending(self) -> Ending | None:
+        """Why the run is to end; None while it goes on. A signal goes before every other reason, also one that was given earlier."""
+        return self._signal or self._other_ending
+
     def run(self) -> Ending:
         """Train until `max_step`, or until a callback stops the run, and return why it ended.
+
+        A signal counts until the callbacks' `end` is over, for what they do there may take long.
 
         Raises:
             ValidationError: the loss or the gradients are not finite.
@@ -102,10 +112,9 @@ class Trainer:
                 report = self.step()
                 for callback in self.callbacks:
                     callback.after_step(self, report)
-            ending = self.ending or "finished"
             for callback in self.callbacks:
-                callback.end(self, ending)
-            return ending
+                callback.end(self, self.ending or "finished")
+            return self.ending or "finished"
         finally:
             self._stop_clock()
             for callback in reversed(self.callbacks):
@@ -152,9 +161,11 @@ class Trainer:
         return report
 
     def stop(self, ending: Ending) -> None:
-        """End the run after the step under way. The first reason given stays."""
-        if self.ending is None:
-            self.ending = ending
+        """End the run after the step under way. The first signal stays, else the first reason given."""
+        if by_signal(ending):  # kept apart: called within a signal handler, perhaps between the test and the assignment below
+            self._signal = self._signal or ending
+        else:
+            self._other_ending = self._other_ending or ending
 
     def train_seconds(self) -> float:
         """Time spent in steps since the first start, without what happened in `paused`."""
@@ -179,9 +190,15 @@ class Trainer:
         """Return the run as it is now, with or without what continuing needs.
 
         Raises:
-            ValidationError: the loss or the gradients of one of the last steps are not finite.
+            ValidationError: the loss or the gradients of one of the last steps are not finite, or the weights after it.
         """
         self._check_finite()
+        model = self.model.parameters_by_name()
+        if spoiled := [name for name, weight in model.items() if not bool(weight.isfinite().all())]:
+            raise ValidationError(
+                f"Training diverged: after step {self.progress.step} the weights {spoiled[0]} are not finite.",
+                remedy=_CONTINUE_SLOWER,
+            )
         state: dict[str, Any] | None = None
         if training:
             state = {
@@ -193,7 +210,7 @@ class Trainer:
             }
         return Checkpoint(
             model_config=self.model.config,
-            model=self.model.parameters_by_name(),
+            model=model,
             vocabulary=self.vocabulary,
             dataset=self.config.data.dataset,
             run=self._run,
@@ -203,6 +220,8 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` left off: weights, optimizer, random generators, memory, position in the data.
+
+        The optimizer's hyper-parameters are those of the settings, not of the checkpoint.
 
         Raises:
             UsageError: it holds no training state, or belongs to another text, model or batch.
@@ -220,6 +239,8 @@ class Trainer:
         self.model.load_parameters(checkpoint.model)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:  # loading brought the checkpoint's; `lr` is set before each step
+                group["weight_decay"] = self.config.optim.weight_decay
             self.precision.load_state_dict(state["scaler"])
             self.progress = Progress(**checkpoint.progress)
             self.memories = [
@@ -271,7 +292,7 @@ class Trainer:
             if not (np.isfinite(loss) and (np.isfinite(grad_norm) or overflow)):
                 raise ValidationError(
                     f"Training diverged: at step {report.step} the loss is {loss}, its gradient's norm {grad_norm}, lr {report.lr:.3e}.",
-                    remedy=f"{LAST_NAME} is as it was: continue from it with `--restart` and a smaller `--lr`.",
+                    remedy=_CONTINUE_SLOWER,
                 )
 
     def _rng_state(self) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import pytest
 
 from txl_deploy.cli.main import main
 from txl_deploy.cli.train import command
+from txl_train import run as runs
 from txl_train.callbacks import StepReport
 from txl_train.config import SECTIONS, field_docs
 from txl_train.trainer import Trainer
@@ -242,6 +243,28 @@ def test_a_run_is_continued_with_more_steps(capsys: pytest.CaptureFixture[str], 
     assert continued["settings"]["train"]["max_step"] == 8
 
 
+def test_continuing_keeps_what_was_set_on_top_of_a_preset(capsys: pytest.CaptureFixture[str], text_folder: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("optim: {lr: 0.5, eta_min: 0}\ntrain: {max_step: 1200}\n", encoding="utf-8")
+    options = ["--config", str(preset), "--work-dir", str(tmp_path / "W")]
+    assert main(["train", *SMALL, *options, "--data", str(text_folder), "--lr", "0.0005"]) == 0
+    capsys.readouterr()
+
+    kept = dry_run(capsys, *options, "--resume")
+    assert (kept["settings"]["optim"]["lr"], kept["settings"]["train"]["max_step"]) == (0.0005, 6)
+    assert main(["train", *options, "--resume", "--lr", "0.01", "--dry-run"]) == 0
+    dry = capsys.readouterr()
+    assert main(["train", *options, "--resume", "--lr", "0.01", "--json"]) == 0
+    run = capsys.readouterr()
+
+    assert ["optim.lr", "0.01", "command", "line"] in [line.split() for line in dry.out.splitlines()]
+    for told in (dry.err, run.err):
+        assert told.count("lr: 0.0005 in the checkpoint, now 0.01 (command line)\n") == 1
+        assert told.count("max_step: 6 as in the checkpoint, not 1200 (preset.yaml:2)\n") == 1
+    assert json.loads(run.out)["steps"] == 6
+    assert dry_run(capsys, "--work-dir", str(tmp_path / "W"), "--resume", "--lr", "0.0001")["settings"]["optim"]["lr"] == 0.0001
+
+
 def test_a_run_is_neither_overwritten_nor_changed_by_mistake(capsys: pytest.CaptureFixture[str], text_folder: Path, tmp_path: Path) -> None:
     options = [*SMALL, "--data", str(text_folder), "--work-dir", str(tmp_path / "W")]
     assert main(["train", *options]) == 0
@@ -319,6 +342,24 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_with_130(text_folder: Path, tm
     assert Path(document["checkpoint_last"]).is_file()
     assert f"Stopped at step {document['steps']}" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("end", [("--max-minutes", "1e-6"), ("--max-step", "1")])
+def test_ctrl_c_in_the_last_evaluation_saves_and_exits_with_130(
+    capsys: pytest.CaptureFixture[str], text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: tuple[str, str]
+) -> None:
+    def evaluate_and_interrupt(*arguments: Any, **keywords: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*arguments, **keywords)
+
+    evaluate = runs.evaluate
+    monkeypatch.setattr(runs, "evaluate", evaluate_and_interrupt)
+
+    assert main(["train", *SMALL, "--data", str(text_folder), "--work-dir", str(tmp_path / "W"), *end, "--json"]) == 130
+
+    document = json.loads(capsys.readouterr().out)
+    assert (document["ending"], document["steps"], document["valid"], document["test"]) == ("sigint", 1, None, None)
+    assert Path(document["checkpoint_last"]).is_file()
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_with_0(

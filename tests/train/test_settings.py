@@ -14,7 +14,7 @@ import yaml
 from txl_train import presets
 from txl_train.config import RunConfig
 from txl_train.errors import ConfigError, EnvironmentUnfitError, UsageError
-from txl_train.settings import find, parse, resolve
+from txl_train.settings import find, look_up, parse, resolve
 
 
 @pytest.fixture
@@ -34,19 +34,59 @@ def test_without_sources_all_settings_are_defaults() -> None:
 
 
 def test_each_source_wins_over_those_before_it(config_file: Path) -> None:
-    stored = {"train": {"max_step": 1, "seed": 1, "threads": 1, "tgt_len": 1, "batch_size": 1}}
+    stored = {"train": {"max_step": 1, "seed": 1, "threads": 1, "tgt_len": 1}}
     environment = {"TXL_SEED": "3", "TXL_TRAIN_THREADS": "3", "TXL_TGT_LEN": "3"}
     overrides = [("threads", "4"), ("tgt_len", 4)]
 
     resolved = resolve(str(config_file), stored=stored, environment=environment, overrides=overrides, assignments=["train.tgt_len=5"])
     train = resolved.config.train
 
-    assert (train.batch_size, train.max_step, train.seed, train.threads, train.tgt_len) == (1, 77, 3, 4, 5)
-    assert resolved.origin["train.batch_size"] == "checkpoint"
-    assert resolved.origin["train.max_step"] == "run.yaml:5"
+    assert (resolved.config.model.n_layer, train.max_step, train.seed, train.threads, train.tgt_len) == (3, 1, 3, 4, 5)
+    assert resolved.origin["model.n_layer"] == "run.yaml:2"
+    assert resolved.origin["train.max_step"] == "checkpoint"
     assert resolved.origin["train.seed"] == "environment TXL_SEED"
     assert resolved.origin["train.tgt_len"] == "command line"
     assert resolved.origin["train.log_interval"] == "default"
+
+
+def test_every_difference_from_the_checkpoint_is_told_with_its_origin(config_file: Path) -> None:
+    stored = {
+        "model": {"n_layer": 3, "cutoffs": [5, 9], "clamp_len": None},
+        "optim": {"lr": 0.003, "eta_min": 0.0},
+        "train": {"max_step": 5, "seed": 1, "log_interval": 10},
+    }
+
+    resolved = resolve(
+        str(config_file), stored=stored, environment={"TXL_SEED": "3"}, overrides=[("lr", "1e-2")], assignments=["clamp_len=8"]
+    )
+
+    assert set(resolved.differences) == {
+        "lr: 0.003 in the checkpoint, now 0.01 (command line)",
+        "clamp_len: none in the checkpoint, now 8 (command line)",
+        "seed: 1 in the checkpoint, now 3 (environment TXL_SEED)",
+        "max_step: 5 as in the checkpoint, not 77 (run.yaml:5)",
+    }
+    assert resolve(str(config_file), environment={}).differences == ()
+
+
+def test_a_folder_spelled_in_another_way_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stored = {"train": {"work_dir": "W"}, "data": {"data": str(tmp_path / "text")}}
+
+    same = resolve(environment={}, stored=stored, overrides=[("work_dir", "./W/"), ("data", "text")])
+    other = resolve(environment={}, stored=stored, overrides=[("work_dir", "X")])
+
+    assert same.differences == ()
+    assert other.differences == ("work_dir: W in the checkpoint, now X (command line)",)
+
+
+def test_one_setting_is_looked_up_though_others_do_not_fit(config_file: Path) -> None:
+    environment, overrides = {"TXL_WORK_DIR": "there"}, [("lr", "1e-9"), ("eta-min", "1")]
+
+    assert look_up("train.work_dir", environment={}) == "LM-TFM"
+    assert look_up("train.max_step", str(config_file), environment={}) == 77
+    assert look_up("train.work_dir", environment=environment, overrides=overrides) == "there"
+    assert look_up("train.work_dir", environment=environment, overrides=overrides, assignments=["work_dir=here"]) == "here"
 
 
 def test_values_from_a_file_have_their_types(config_file: Path) -> None:

@@ -7,6 +7,7 @@ added in `_SPELLINGS`. What settings mean, and which source wins, is known to `t
 from __future__ import annotations
 
 import dataclasses
+import logging
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from txl_train.checkpoint import Checkpoint
     from txl_train.evaluate import EvalResult
     from txl_train.run import TrainResult
+
+log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -118,7 +121,7 @@ def command(
 ) -> None:
     """Train a model and write checkpoint_best.pt and checkpoint_last.pt into the work folder.
 
-    Settings come from, the later winning over the earlier: defaults, the checkpoint that is continued, --config, the environment
+    Settings come from, the later winning over the earlier: defaults, --config, the checkpoint that is continued, the environment
     (TXL_<SECTION>_<KEY> or TXL_<KEY>), options, --set. `none` clears an optional setting, and so does -1.
 
     Ctrl-C or SIGTERM finishes the step and saves; `--restart` then continues to the same result, on a CPU to the last bit.
@@ -131,8 +134,8 @@ def command(
     in_place = False
     stored: dict[str, dict[str, Any]] | None = None
     if restart is not None:
-        first_look = settings.resolve(config, overrides=overrides, assignments=assignments)
-        path = _checkpoint_path(restart, Path(first_look.config.train.work_dir))
+        work_dir = settings.look_up("train.work_dir", config, overrides=overrides, assignments=assignments)
+        path = _checkpoint_path(restart, Path(work_dir))
         checkpoint, stored = _load(path)
     resolved = settings.resolve(config, stored=stored, overrides=overrides, assignments=assignments)
     if restart is not None:
@@ -140,6 +143,8 @@ def command(
         if overwrite and in_place:
             raise UsageError("`--overwrite` deletes the run that `--restart` is to continue: give one of them.")
     if dry_run:
+        for line in resolved.differences:
+            log.info("%s", line)
         if as_json:
             echo_json(resolved.to_dict())
         else:
