@@ -63,6 +63,10 @@ def test_no_operator_has_a_shape_that_depends_on_data(graph: onnx.ModelProto) ->
     assert not {node.op_type for node in graph.graph.node} & {"NonZero", "If", "Loop", "Scan", "Unique", "Compress"}
 
 
+def test_the_operator_whose_sums_are_inexact_in_onnx_runtime_is_not_used(graph: onnx.ModelProto) -> None:
+    assert "ReduceLogSumExp" not in {node.op_type for node in graph.graph.node}
+
+
 def test_the_same_export_gives_the_same_bytes_and_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     step = InferenceStep(build_model(small_config()), TGT_LEN)
     contents = []
