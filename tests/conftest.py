@@ -1,9 +1,10 @@
-"""Fixtures that all tests share: where the reference's recorded results lie, and how many threads PyTorch takes."""
+"""Fixtures that all tests share: where the reference's recorded results lie, how many threads PyTorch takes, that Ctrl-C works."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ def _one_torch_thread() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_works() -> None:
+    """Undo what a shell does to jobs in the background, continuous integration among them: it lets them ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
