@@ -98,7 +98,7 @@ class ModelConfig:
             if self.vocab_size and self.cutoffs[-1] >= self.vocab_size:
                 raise ConfigError(
                     f"`cutoffs` must be below the vocabulary's size {self.vocab_size}, but are {list(self.cutoffs)} instead.",
-                    remedy="Give smaller ones with `--cutoffs`, or drop `--adaptive`: a small vocabulary does not need it.",
+                    remedy="Add `--no-adaptive`, as a small vocabulary needs no adaptive softmax, or give smaller ones with `--cutoffs`.",
                 )
         cutoffs_to_come = self.adaptive and not self.cutoffs  # the data set's own, filled in when its vocabulary is known
         if self.tie_projections is not None and not cutoffs_to_come and len(self.tie_projections) != self.n_cluster + 1:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from txl_train.errors import EnvironmentUnfitError
+from txl_train.errors import EnvironmentUnfitError, UsageError
 
 
 def file_sha256(path: str | Path) -> str:
@@ -46,6 +46,22 @@ def whole_or_absent(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path, beginning: bytes) -> None:
+    """Refuse to write over a file that does not begin as results of this kind do: it is somebody's checkpoint or text.
+
+    Raises `UsageError`. Called before the work whose result is to be written.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(beginning))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise EnvironmentUnfitError(f"{path} cannot be written: {error.strerror}.", remedy="Name another file with `--out`.") from error
+    if start not in (b"", beginning):
+        raise UsageError(f"{path} exists and is no earlier result, so it is not written over.", remedy="Name another file with `--out`.")
 
 
 def finite(value: Any) -> Any:

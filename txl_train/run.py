@@ -177,7 +177,7 @@ def train(
 
         progress, test = trainer.progress, None
         if by_signal(ending):
-            record.say(f"Stopped at step {progress.step}; the run is saved in {folder / LAST_NAME}. Continue with `--restart`.")
+            record.say(f"Stopped at step {progress.step}; the run is saved in {folder / LAST_NAME}. Continue with `--resume`.")
         else:
             test = score(load_model(folder / BEST_NAME)[0].to(device), test_ids)
             record.say("=" * 100)
@@ -255,10 +255,8 @@ def complete_model_config(config: ModelConfig, corpus: Corpus) -> ModelConfig:
     if config.vocab_size not in (0, vocab_size):
         raise ConfigError(f"`vocab_size` must be 0 or the vocabulary's size {vocab_size}, but is {config.vocab_size} instead.")
     if config.cutoffs and not config.adaptive:
-        raise ConfigError(
-            "`cutoffs` belong to the adaptive softmax, which is not asked for.", remedy="Add `--adaptive`, or leave out `--cutoffs`."
-        )
-    cutoffs = config.cutoffs
+        log.info("The cutoffs %s are not used: they belong to the adaptive softmax (`--adaptive`).", list(config.cutoffs))
+    cutoffs = config.cutoffs if config.adaptive else ()
     if config.adaptive and not cutoffs:
         cutoffs = default_cutoffs(corpus.spec, vocab_size)
         if not cutoffs:
@@ -293,7 +291,7 @@ def _make_folder(folder: Path, *, may_hold_a_run: bool) -> None:
     if not may_hold_a_run and any((folder / name).exists() for name in (LAST_NAME, BEST_NAME)):
         raise UsageError(
             f"{folder} holds a trained model already.",
-            remedy="Continue it with `--restart`, train in another `--work-dir`, or begin anew with `--overwrite`, which deletes it.",
+            remedy="Continue it with `--resume`, train in another `--work-dir`, or begin anew with `--overwrite`, which deletes it.",
         )
 
 

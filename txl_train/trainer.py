@@ -32,7 +32,7 @@ from txl_train.optim.build import build_optimizer
 from txl_train.optim.schedules import learning_rate
 from txl_train.precision import Precision
 
-_CONTINUE_SLOWER = f"{LAST_NAME} is as it was: continue from it with `--restart` and a smaller `--lr`."
+_CONTINUE_SLOWER = f"{LAST_NAME} is as it was: continue from it with `--resume` and a smaller `--lr`."
 
 
 class Trainer:

@@ -326,7 +326,7 @@ def test_a_work_folder_with_a_model_is_not_overwritten_unasked(settings: dict[st
     with pytest.raises(UsageError, match="holds a trained model already") as error:
         train(resolved_from(settings))
 
-    assert all(option in str(error.value) for option in ("--restart", "--work-dir", "--overwrite"))
+    assert all(option in str(error.value) for option in ("--resume", "--work-dir", "--overwrite"))
     assert {path.name: path.read_bytes() for path in (tmp_path / "W").iterdir() if path.is_file()} == before
     with pytest.raises(DataError):
         train(resolved_from(settings, data="nowhere"), overwrite=True)
@@ -379,7 +379,6 @@ def test_evaluation_reaches_as_far_as_training() -> None:
         ({"data": "/no/such/folder"}, DataError, "no folder"),
         ({"dataset": "txet"}, ConfigError, "Did you mean `text`"),
         ({"vocab_size": 7000}, ConfigError, "`vocab_size` must be 0 or the vocabulary's size"),
-        ({"cutoffs": "2,3"}, ConfigError, "`cutoffs` belong to the adaptive softmax"),
         ({"adaptive": True, "cutoffs": "2,3000"}, ConfigError, "below the vocabulary's size"),
         ({"batch_size": 1000}, DataError, "--batch-size"),
         ({"eval_batch_size": 150}, DataError, "--eval-batch-size 100"),
@@ -410,3 +409,15 @@ def test_the_built_in_corpus_is_written_into_the_work_folder(settings: dict[str,
 
     assert result.data_folder == tmp_path / "W" / "data" / "pydoc"
     assert load_checkpoint(tmp_path / "W" / "checkpoint_best.pt").data_folder == str(result.data_folder)
+
+
+def test_cutoffs_are_left_unused_without_the_adaptive_softmax(text_folder: Path) -> None:
+    corpus = load_corpus(text_folder, get_dataset("text"), cache_dir=text_folder / "cache")
+    config = complete_model_config(ModelConfig(cutoffs=(2, 3)), corpus)
+    assert (config.adaptive, config.cutoffs) == (False, ())
+
+
+def test_cutoffs_beyond_a_small_vocabulary_name_the_option_that_helps(text_folder: Path) -> None:
+    corpus = load_corpus(text_folder, get_dataset("text"), cache_dir=text_folder / "cache")
+    with pytest.raises(ConfigError, match="--no-adaptive"):
+        complete_model_config(ModelConfig(adaptive=True, cutoffs=(500, 1000)), corpus)

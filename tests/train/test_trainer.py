@@ -360,7 +360,7 @@ def test_divergence_names_the_step_and_leaves_the_last_checkpoint(tmp_path: Path
     with pytest.raises(ValidationError, match=f"at step 5 the loss is {loss}") as error:
         trainer.run()
 
-    assert "--restart" in str(error.value)
+    assert "--resume" in str(error.value)
     saved = load_checkpoint(tmp_path / "last.pt")
     assert saved.progress["step"] == 4
     assert all(bool(tensor.isfinite().all()) for tensor in saved.model.values())

@@ -282,6 +282,9 @@ def _fail_if_unverified(failed: Sequence[Row]) -> None:
 
 def _check_writable(out: Path) -> None:
     """Refuse now a file that could not be written after minutes of measuring."""
+    from txl_train.files import check_replaceable
+
+    check_replaceable(out, b"{")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):

@@ -93,6 +93,10 @@ def stats(
 
     The simple models score the tokens that `txl eval` scores, over the same vocabulary, so the perplexities may be set side by side.
     """
+    from txl_train.files import check_replaceable, write_json
+
+    if out is not None:
+        check_replaceable(out, b"{")
     corpus = _open(dataset, data, checkpoint, min_count)
     document: dict[str, Any] = {
         "dataset": corpus.spec.name,
@@ -103,8 +107,6 @@ def stats(
     if baselines:
         document |= _score(corpus, split)
     if out is not None:
-        from txl_train.files import write_json
-
         write_json(out, document)
     if as_json:
         echo_json(document)

@@ -80,7 +80,10 @@ def command(
 
     from txl_deploy.opening import Lengths, open_checkpoint, open_exported
     from txl_train.config import MemoryKind
+    from txl_train.files import check_replaceable, write_json
 
+    if out is not None:
+        check_replaceable(out, b"{")
     lengths = Lengths(tgt_len=tgt_len, mem_len=mem_len, clamp_len=clamp_len, same_length=same_length)
     request = _Request(dataset, data, split, manual, 1 if manual else batch_size, max_size, repeat)
     if (checkpoint is None) == (artifact is None):
@@ -97,8 +100,6 @@ def command(
         ) as opened:
             document = _evaluate(opened, request, as_json)
     if out is not None:
-        from txl_train.files import write_json
-
         write_json(out, document)
     if as_json:
         echo_json(document)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from txl_deploy.cli.options import echo_json, json_option, verbosity_options
-from txl_deploy.manifest import FILE_NAME, read_manifest, unlisted
+from txl_deploy.manifest import FILE_NAME, read_manifest, unlisted, verify
 from txl_train.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -31,9 +31,11 @@ def command(path: Path, as_json: bool) -> None:
     document = describe(path)
     if as_json:
         echo_json(document)
-        return
-    for line in _lines(document):
-        click.echo(line)
+    else:
+        for line in _lines(document):
+            click.echo(line)
+    if document.get("findings"):
+        raise ArtifactError(f"{path} is not what its manifest says: `txl verify {path}` lists what was changed.")
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -72,7 +74,9 @@ def _describe_folder(path: Path) -> dict[str, Any]:
 
 def _describe_artifact(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
-    return {"kind": "artifact", "path": str(directory), **dataclasses.asdict(manifest), "not_listed": unlisted(directory, manifest)}
+    findings = [f"{finding.file} {finding.message}" for finding in verify(directory)]
+    document = {"kind": "artifact", "path": str(directory), **dataclasses.asdict(manifest), "not_listed": unlisted(directory, manifest)}
+    return {**document, "findings": findings}
 
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:

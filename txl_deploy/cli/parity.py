@@ -58,7 +58,10 @@ def command(
     from txl_deploy.parity.rollout import compare, default_segments
     from txl_deploy.runtimes.registry import eager_from_checkpoint
     from txl_train.data.segments import SegmentIterator
+    from txl_train.files import check_replaceable, write_json
 
+    if out is not None:
+        check_replaceable(out, b"{")
     opened = open_exported(artifact, device=device, threads=threads)
     info = opened.runtime.info
     reference, loaded = eager_from_checkpoint(
@@ -96,8 +99,6 @@ def command(
         "corpus_sha256": corpus.sha256(split),
     }
     if out is not None:
-        from txl_train.files import write_json
-
         write_json(out, document)
     if as_json:
         echo_json(document)

@@ -46,6 +46,7 @@ def command(work_dir: Path | None, bench_files: tuple[Path, ...], metrics: Path 
     The page shows what was measured, on what, whether to believe it, and the command that measures it again.
     """
     from txl_deploy.bench.report import format_summary, gather, write_report
+    from txl_train.files import check_replaceable
 
     if work_dir is None and out is None:
         if not bench_files and metrics is None:
@@ -55,6 +56,7 @@ def command(work_dir: Path | None, bench_files: tuple[Path, ...], metrics: Path 
             )
         raise UsageError("It is not said where the page is to go.", remedy="Name it with `--out FILE`.")
     target = out if out is not None else (work_dir or Path()) / "report.html"
+    check_replaceable(target, b"<!doctype html>")
     found = gather(work_dir, bench_files, metrics)
     page, *charts = write_report(found, target)
     if as_json:

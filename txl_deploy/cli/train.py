@@ -124,7 +124,7 @@ def command(
     Settings come from, the later winning over the earlier: defaults, --config, the checkpoint that is continued, the environment
     (TXL_<SECTION>_<KEY> or TXL_<KEY>), options, --set. `none` clears an optional setting, and so does -1.
 
-    Ctrl-C or SIGTERM finishes the step and saves; `--restart` then continues to the same result, on a CPU to the last bit.
+    Ctrl-C or SIGTERM finishes the step and saves; `--resume` then continues to the same result, on a CPU to the last bit.
     """
     overrides = _overrides(options)
     if resume and restart is not None:
@@ -190,7 +190,7 @@ def _checkpoint_path(restart: str, work_dir: Path) -> Path:
     if not last.exists():
         raise UsageError(
             f"There is nothing to continue in {work_dir}: it has no {LAST_NAME}.",
-            remedy="Leave `--restart` out to begin, or name a checkpoint.",
+            remedy="Leave `--resume` or `--restart` out to begin, or name a checkpoint.",
         )
     return last
 

@@ -56,5 +56,9 @@ def command(context: click.Context, directory: Path, checkpoint: Path | None, as
             f"{'ok       ' if checkpoint and not findings else '         '}made from {origin}{'' if checkpoint else ' (not looked at)'}"
         )
     if findings:
-        click.echo(f"Error: {directory} is not what its manifest says.\nExport the checkpoint again with `txl export`.", err=True)
+        if all(finding.problem == "other checkpoint" for finding in findings):
+            told = f"{directory} is intact, but was not made from {checkpoint}.\nGive the checkpoint it was made from, or export this one."
+        else:
+            told = f"{directory} is not what its manifest says.\nExport the checkpoint again with `txl export`."
+        click.echo(f"Error: {told}", err=True)
         context.exit(ArtifactError.exit_code)

@@ -94,6 +94,28 @@ def test_numbers_that_are_not_finite_fail_with_1_and_leave_valid_json(
     assert json.loads((tmp_path / "parity.json").read_text()) == document
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "--checkpoint", "{c}"],
+        ["parity", "--checkpoint", "{c}", "--artifact", "{a}"],
+        ["bench", "--artifact", "{a}", "--batch-sizes", "1"],
+        ["report", "--work-dir", "{w}"],
+        ["data", "stats", "--checkpoint", "{c}"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_result_is_never_written_over_a_file_of_another_kind(
+    exports: Exports, tmp_path: Path, capsys: Capture, command: list[str]
+) -> None:
+    precious = tmp_path / "train.txt"
+    precious.write_text("words of a corpus\n")
+    filled = [part.format(c=exports.checkpoint, a=exports.torchscript, w=tmp_path) for part in command]
+    assert main([*filled, "--out", str(precious)]) == 2
+    assert "is not written over" in capsys.readouterr().err
+    assert precious.read_text() == "words of a corpus\n"
+
+
 def _not_a_number(output):  # type: ignore[no-untyped-def]
     return output._replace(nll_BT=output.nll_BT * float("nan"))
 

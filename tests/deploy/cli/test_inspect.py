@@ -37,13 +37,24 @@ def test_an_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_an_artifact_as_text_shows_its_tensors_and_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_manifest(tmp_path, MANIFEST, [])
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+    write_manifest(tmp_path, MANIFEST, ["model.onnx"])
     assert main(["inspect", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "  input_ids  int64  [batch_size, 8]" in shown
     assert "mem_len           16" in shown
     assert "same_length       no" in shown
     assert "clamp_len         -" in shown
+
+
+def test_a_changed_artifact_is_shown_as_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+    write_manifest(tmp_path, MANIFEST, ["model.onnx"])
+    (tmp_path / "model.onnx").write_bytes(b"grape")
+    assert main(["inspect", str(tmp_path), "--json"]) == 4
+    captured = capsys.readouterr()
+    assert "was changed" in json.loads(captured.out)["findings"][0]
+    assert "txl verify" in captured.err
 
 
 def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
