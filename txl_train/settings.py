@@ -24,7 +24,7 @@ from typing import Any, Literal
 import yaml
 
 from txl_train import presets
-from txl_train.config import SECTIONS, RunConfig, to_dict
+from txl_train.config import SECTIONS, VALUE_ALIASES, RunConfig, to_dict
 from txl_train.errors import ConfigError, EnvironmentUnfitError, UsageError, nearest
 
 ENVIRONMENT_PREFIX = "TXL_"
@@ -178,6 +178,7 @@ def parse(name: str, value: Any) -> Any:
     kind, optional = _kind(section, key)
     if optional and (value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))):
         return None
+    value = VALUE_ALIASES.get(name, {}).get(str(value).strip(), value)
     try:
         parsed = _parse_as(kind, value)
     except (TypeError, ValueError):

@@ -17,7 +17,7 @@ import click
 
 from txl_deploy.cli.options import echo_json, json_option, verbosity_options
 from txl_train import presets, settings
-from txl_train.config import SECTIONS, field_docs
+from txl_train.config import SECTIONS, VALUE_ALIASES, field_docs
 from txl_train.data.datasets import DATASETS
 from txl_train.errors import UsageError
 
@@ -78,7 +78,7 @@ def _setting_option(name: str, default: object, sentence: str) -> Callable[[F], 
     names = [f"--{dashed}", *_SPELLINGS.get(name, ())]
     choices = DATASETS if name == "data.dataset" else typing.get_args(kind) if typing.get_origin(kind) is Literal else None
     if choices:
-        return click.option(*names, _argument(name), type=click.Choice(list(choices)), help=help_text)
+        return click.option(*names, _argument(name), type=click.Choice([*choices, *VALUE_ALIASES.get(name, ())]), help=help_text)
     metavar = f"{_METAVARS[typing.get_args(kind)[0]]},..." if typing.get_origin(kind) is tuple else _METAVARS[kind]
     metavar = {"data.data": "DIR", "train.work_dir": "DIR"}.get(name, metavar)
     return click.option(*names, _argument(name), metavar=metavar, help=help_text)

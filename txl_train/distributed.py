@@ -1,0 +1,137 @@
+"""Several processes working on one model: who this one is, and sums and copies over all of them.
+
+`torchrun` starts the processes and tells each its place in environment variables; without them there is one process, and everything
+here does nothing. Gradients are averaged by PyTorch's DistributedDataParallel, not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from txl_train.errors import EnvironmentUnfitError, UsageError
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a process waits for the others: longer than any evaluation of one rank alone, shorter than a night."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that work together, as this one sees them."""
+
+    rank: int = 0
+    """This process, from 0."""
+    size: int = 1
+    """Number of processes."""
+    local_rank: int = 0
+    """This process among those of its machine: the number of its GPU."""
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files and prints."""
+        return self.rank == 0
+
+    def share(self, n: int) -> slice:
+        """Return the part of `n` streams that this process reads: contiguous, in order of the ranks.
+
+        Raises:
+            UsageError: `n` cannot be divided equally.
+        """
+        if n % self.size:
+            raise UsageError(
+                f"{n} streams cannot be divided equally among {self.size} processes.",
+                remedy=f"Give a batch size that is a multiple of {self.size}, such as {-(-n // self.size) * self.size}.",
+            )
+        part = n // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over all processes of each value, in float64."""
+        if self.size == 1:
+            return [float(value) for value in values]
+        totals = torch.tensor(list(values), dtype=torch.float64)
+        parts = [torch.empty_like(totals) for _ in range(self.size)]
+        _on_device(parts, totals)
+        return [float(value) for value in torch.stack(parts).sum(dim=0)]
+
+    def any(self, value: bool) -> bool:
+        """True if `value` is in any process."""
+        return (self.size > 1 and self.sum([float(value)])[0] > 0) or value
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return the `tensor` of every process, in order of the ranks, on the CPU; shapes and types must agree."""
+        if self.size == 1:
+            return [tensor.cpu()]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, tensor.contiguous())
+        return [part.cpu() for part in parts]
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+def world_of(environment: Mapping[str, str] | None = None) -> World:
+    """Return the place of this process, from what torchrun puts into the environment; alone where it says nothing.
+
+    Raises:
+        UsageError: the variables contradict each other.
+    """
+    values = os.environ if environment is None else environment
+    if "WORLD_SIZE" not in values or "RANK" not in values:
+        return World()
+    try:
+        rank, size = int(values["RANK"]), int(values["WORLD_SIZE"])
+        local_rank = int(values.get("LOCAL_RANK", "0"))
+    except ValueError:
+        raise UsageError(
+            f"The variables {', '.join(_VARIABLES)} must be numbers.", remedy="Start with `torchrun`, which sets them."
+        ) from None
+    if not 0 <= rank < size:
+        raise UsageError(f"RANK {rank} is not within WORLD_SIZE {size}.", remedy="Start with `torchrun`, which sets both.")
+    return World(rank, size, local_rank)
+
+
+@contextlib.contextmanager
+def join(world: World, device: torch.device) -> Iterator[None]:
+    """Meet the other processes: NCCL between GPUs, gloo between CPUs. Leaves the group at the end, also after an error.
+
+    Raises:
+        EnvironmentUnfitError: they cannot be met.
+    """
+    if world.size == 1 or torch.distributed.is_initialized():
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        torch.distributed.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise EnvironmentUnfitError(
+            f"Process {world.rank} of {world.size} cannot meet the others: {str(error).splitlines()[0]}",
+            remedy="Start all of them with `torchrun`; between machines, MASTER_ADDR and MASTER_PORT must be reachable.",
+        ) from error
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _on_device(parts: list[Tensor], tensor: Tensor) -> None:
+    """Gather a CPU tensor over whatever backend there is: NCCL takes tensors of GPUs only."""
+    if torch.distributed.get_backend() == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+        there = [part.to(device) for part in parts]
+        torch.distributed.all_gather(there, tensor.to(device))
+        for part, value in zip(parts, there):
+            part.copy_(value)
+    else:
+        torch.distributed.all_gather(parts, tensor)
