@@ -1,20 +1,22 @@
 """What happens around the training steps: log lines, metrics, evaluation, checkpoints, a progress bar, stopping.
 
-Each callback knows one of these and reaches the trainer through the small `Run` protocol. The log lines are those of the
-specification, which other programs read. How a step is computed stands in `trainer`.
+Each callback knows one of these and reaches the trainer through the small `Run` protocol. Where several processes train together, each
+has the same callbacks and calls them in the same order, and the first one alone writes. How a step is computed stands in `trainer`,
+what a record looks like in `records`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +26,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from txl_train import metrics
 from txl_train.checkpoint import Checkpoint, save_checkpoint
+from txl_train.distributed import World
 from txl_train.errors import EnvironmentUnfitError
 from txl_train.evaluate import EvalResult
+from txl_train.records import RunRecord, eval_line, nll_figure, peak_memory_bytes, result_figures, train_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -40,8 +43,7 @@ Ending = Literal["finished", "max_minutes", "sigint", "sigterm"]
 
 LAST_NAME = "checkpoint_last.pt"
 BEST_NAME = "checkpoint_best.pt"
-LOG_NAME = "train_log.log"
-METRICS_NAME = "metrics.jsonl"
+_KEPT_NAME = re.compile(r"checkpoint_([0-9]+)\.pt")
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Progress:
     """Lowest mean nll on valid.txt so far, nats per token."""
     best_step: int | None = None
     """The step it was reached at."""
+    evaluated_step: int = 0
+    """The step of the latest complete evaluation; 0 before the first."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,18 @@ class StepReport:
     step: int
     lr: float
     loss: Tensor
-    """Mean nll of the batch's tokens, nats."""
+    """Mean loss of the batch's targets, nats; of several processes, this one's part of it."""
     grad_norm: Tensor
-    """Norm of all gradients together before clipping."""
+    """Norm of all gradients that are clipped together, before that."""
     n_tokens: int
-    """Target tokens in the batch."""
+    """Target tokens in the batch, of all processes."""
 
 
 class Run(Protocol):
     """The trainer as callbacks see it."""
 
     progress: Progress
+    world: World
 
     @property
     def max_step(self) -> int: ...
@@ -100,8 +105,16 @@ class Run(Protocol):
         """Why the run is to end after the step under way; None while it goes on. A signal goes before every other reason."""
         ...
 
+    def agree(self) -> Ending | None:
+        """The same as `ending`, equal in all processes; all must call it."""
+        ...
+
     def stop(self, ending: Ending) -> None:
         """End the run after the step under way."""
+        ...
+
+    def observe(self, valid_nll: float) -> None:
+        """Tell the schedule of the learning rate how valid.txt was scored, nats per token."""
         ...
 
     def train_seconds(self) -> float:
@@ -113,7 +126,7 @@ class Run(Protocol):
         ...
 
     def checkpoint(self, *, training: bool) -> Checkpoint:
-        """The run as it is now, with or without what continuing needs."""
+        """The run as it is now, with or without what continuing needs; all processes must call it."""
         ...
 
 
@@ -133,89 +146,32 @@ class Callback:
         """Called at the very end, also after an error: release files and handlers."""
 
 
-def train_line(
-    progress: Progress, batches_per_epoch: int, lr: float, ms_per_batch: float, tokens_per_s: float, loss: float, *, char: bool
-) -> str:
-    """The specification's line of training progress; `loss` in nats per token."""
-    line = (
-        f"| epoch {progress.epoch:3d} step {progress.step:>8d} | batches {progress.batch:>6d} / {batches_per_epoch:d} | lr {lr:.3e} "
-        f"| ms/batch {ms_per_batch:5.1f} | tok/s {tokens_per_s:7.0f} | loss {loss:5.2f}"
-    )
-    return f"{line} | bpc {metrics.bits_per_char(loss):9.5f}" if char else f"{line} | ppl {metrics.perplexity(loss):9.2f}"
+@dataclass(frozen=True)
+class Work:
+    """How much arithmetic a token takes, and how much the devices together can do."""
 
+    flops_per_token: float
+    """Floating-point operations of forward and backward pass."""
+    peak_flops: float
+    """Operations per second, measured on matrix products."""
 
-def eval_line(number: int, step: int, seconds: float, nll: float, *, char: bool) -> str:
-    """The specification's line of an evaluation on valid.txt; `nll` in nats per token."""
-    line = f"| Eval {number:3d} at step {step:>8d} | time: {seconds:5.2f}s | valid loss {nll:5.2f}"
-    return f"{line} | bpc {metrics.bits_per_char(nll):9.5f}" if char else f"{line} | valid ppl {metrics.perplexity(nll):9.3f}"
-
-
-def end_line(seconds: float, nll: float, *, char: bool) -> str:
-    """The specification's line of the final evaluation on test.txt; `nll` in nats per token."""
-    line = f"| End of training | test time: {seconds:5.2f}s | test loss {nll:5.2f}"
-    return f"{line} | test bpc {metrics.bits_per_char(nll):9.5f}" if char else f"{line} | test ppl {metrics.perplexity(nll):9.3f}"
-
-
-class RunRecord:
-    """The two records a run leaves in its folder: train_log.log for people, metrics.jsonl (one JSON object a line) for programs.
-
-    Args:
-        folder: an existing folder.
-        append: continue the records there are rather than begin new ones.
-
-    Raises:
-        EnvironmentUnfitError: a record cannot be written.
-    """
-
-    def __init__(self, folder: Path, *, append: bool) -> None:
-        self.log_path, self.metrics_path = folder / LOG_NAME, folder / METRICS_NAME
-        try:
-            if append:
-                _drop_unfinished_line(self.metrics_path)
-            self._metrics = open(self.metrics_path, "a" if append else "w", encoding="utf-8")  # noqa: SIM115  # closed in close()
-            try:
-                self._log = logging.FileHandler(self.log_path, "a" if append else "w", encoding="utf-8")
-            except OSError:
-                self._metrics.close()
-                raise
-        except OSError as error:
-            raise _unwritable(folder, error) from error
-        self._log.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
-
-    def say(self, text: str) -> None:
-        """Write a line to train_log.log, and to standard error unless it is to be quiet."""
-        record = log.makeRecord("txl_train", logging.INFO, __file__, 0, text, (), None)
-        self._log.handle(record)
-        if log.isEnabledFor(logging.INFO):
-            log.handle(record)
-
-    def measure(self, kind: str, **values: Any) -> None:
-        """Add an object to metrics.jsonl; a number that is not finite becomes null, for JSON has none."""
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
-        try:
-            self._metrics.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
-            self._metrics.flush()
-        except OSError as error:
-            raise _unwritable(self.metrics_path, error) from error
-
-    def close(self) -> None:
-        """Close both files."""
-        self._log.close()
-        try:
-            self._metrics.close()
-        except OSError as error:
-            raise _unwritable(self.metrics_path, error) from error
+    def utilisation(self, tokens_per_s: float) -> float:
+        """The share of the peak that training makes use of."""
+        return tokens_per_s * self.flops_per_token / self.peak_flops
 
 
 class LogProgress(Callback):
     """A line and a record of metrics every `interval` steps, and after the last one, averaged over the steps since the one before."""
 
-    def __init__(self, record: RunRecord, interval: int, *, char: bool) -> None:
+    def __init__(self, record: RunRecord, interval: int, *, char: bool, work: Work | None = None) -> None:
         self._record = record
         self._interval = interval
         self._char = char
+        self._work = work
         self._window: list[StepReport] = []
         self._seconds = 0.0
+        self.latest: dict[str, Any] = {}
+        """What was recorded last."""
 
     def start(self, run: Run) -> None:
         self._seconds = run.train_seconds()
@@ -232,28 +188,29 @@ class LogProgress(Callback):
     def _write(self, run: Run) -> None:
         window, self._window = self._window, []
         n_tokens = sum(report.n_tokens for report in window)
-        loss = sum(float(report.loss) * report.n_tokens for report in window) / n_tokens  # waits for the device
+        own_sum = sum(float(report.loss) * report.n_tokens for report in window)  # waits for the device
+        loss = run.world.sum([own_sum])[0] / n_tokens
         now = run.train_seconds()
         seconds, self._seconds = max(now - self._seconds, 1e-9), now
         ms_per_step = 1000 * seconds / len(window)
-        lr = window[-1].lr
-        self._record.say(train_line(run.progress, run.batches_per_epoch, lr, ms_per_step, n_tokens / seconds, loss, char=self._char))
-        self._record.measure(
-            "train",
-            step=run.progress.step,
-            epoch=run.progress.epoch,
-            batch=run.progress.batch,
-            tokens=run.progress.tokens,
-            train_seconds=now,
-            loss_nats_per_token=loss,
+        lr, tokens_per_s = window[-1].lr, n_tokens / seconds
+        self._record.say(train_line(run.progress, run.batches_per_epoch, lr, ms_per_step, tokens_per_s, loss, char=self._char))
+        self.latest = {
+            "epoch": run.progress.epoch,
+            "batch": run.progress.batch,
+            "tokens": run.progress.tokens,
+            "train_seconds": now,
+            "loss_nats_per_token": loss,
             **nll_figure(loss, self._char),
-            lr=lr,
-            grad_norm=float(window[-1].grad_norm),
-            loss_scale=run.loss_scale,
-            ms_per_step=ms_per_step,
-            tokens_per_s=n_tokens / seconds,
-            peak_memory_bytes=peak_memory_bytes(run.device),
-        )
+            "lr": lr,
+            "grad_norm": float(window[-1].grad_norm),
+            "loss_scale": run.loss_scale,
+            "ms_per_step": ms_per_step,
+            "tokens_per_s": tokens_per_s,
+            "model_flops_utilisation": None if self._work is None else self._work.utilisation(tokens_per_s),
+            "peak_memory_bytes": peak_memory_bytes(run.device),
+        }
+        self._record.measure("train", step=run.progress.step, **self.latest)
 
 
 class StopRequestedError(Exception):
@@ -263,21 +220,42 @@ class StopRequestedError(Exception):
 class EvaluateAndSave(Callback):
     """Every `interval` steps, and after the last: write checkpoint_last.pt, score valid.txt, write checkpoint_best.pt if it is the best.
 
-    Whatever ends an evaluation, the steps before it are saved; a best score is written into checkpoint_last.pt afterwards. A signal skips
-    the evaluation or cuts it short. `score` scores valid.txt, calling its argument after each segment.
+    Whatever ends an evaluation, the steps before it are saved; its outcome is written into checkpoint_last.pt afterwards. A signal skips
+    the evaluation or cuts it short; it is made up for when the run is continued.
+
+    Args:
+        record: where the outcomes are noted.
+        folder: of the checkpoints; None saves nothing.
+        interval: steps between two evaluations.
+        score: scores valid.txt, calling its argument after each segment.
+        char: tokens are characters or bytes.
+        keep: how many checkpoints of evaluations are kept as checkpoint_<step>.pt; None keeps all.
     """
 
     def __init__(
-        self, record: RunRecord, folder: Path, interval: int, score: Callable[[Callable[[int], None]], EvalResult], *, char: bool
+        self,
+        record: RunRecord,
+        folder: Path | None,
+        interval: int,
+        score: Callable[[Callable[[int], None]], EvalResult],
+        *,
+        char: bool,
+        keep: int | None = 0,
     ) -> None:
         self._record = record
-        self._best, self._last = folder / BEST_NAME, folder / LAST_NAME
+        self._folder = folder
         self._interval = interval
         self._score = score
         self._char = char
+        self._keep = keep
         self._saved_step: int | None = None
         self.result: EvalResult | None = None
         """Of the latest evaluation."""
+
+    def start(self, run: Run) -> None:
+        step = run.progress.step
+        if step and step % self._interval == 0 and run.progress.evaluated_step != step:
+            self._evaluate_and_save(run)
 
     def after_step(self, run: Run, report: StepReport) -> None:
         if (report.step % self._interval == 0 or report.step == run.max_step) and not by_signal(run.ending):
@@ -296,7 +274,7 @@ class EvaluateAndSave(Callback):
         progress = run.progress
 
         def check(n_segments: int) -> None:
-            if by_signal(run.ending):
+            if by_signal(run.agree()):
                 raise StopRequestedError
 
         with run.paused():
@@ -313,14 +291,51 @@ class EvaluateAndSave(Callback):
             is_best = progress.best_valid_nll is None or nll < progress.best_valid_nll
             if is_best:
                 progress.best_valid_nll, progress.best_step = nll, progress.step
+            progress.evaluated_step = progress.step
+            run.observe(nll)
             self._record.measure("valid", step=progress.step, epoch=progress.epoch, best=is_best, **result_figures(result, self._char))
             if is_best:
-                save_checkpoint(self._best, run.checkpoint(training=False))
-                self._save_last(run)
+                self._save(run, BEST_NAME, training=False)
+            self._save_last(run)
+            self._keep_last(run)
 
     def _save_last(self, run: Run) -> None:
-        save_checkpoint(self._last, run.checkpoint(training=True))
+        self._save(run, LAST_NAME, training=True)
         self._saved_step = run.progress.step
+
+    def _save(self, run: Run, name: str, *, training: bool) -> None:
+        if self._folder is None:
+            return
+        checkpoint = run.checkpoint(training=training)
+        if run.world.is_main:
+            save_checkpoint(self._folder / name, checkpoint)
+
+    def _keep_last(self, run: Run) -> None:
+        """Give checkpoint_last.pt, which is only ever replaced as a whole, a second name that stays."""
+        if self._folder is None or self._keep == 0 or not run.world.is_main:
+            return
+        last, kept = self._folder / LAST_NAME, self._folder / f"checkpoint_{run.progress.step}.pt"
+        unfinished = kept.with_name(f"{kept.name}.tmp")
+        try:
+            unfinished.unlink(missing_ok=True)
+            try:
+                os.link(last, unfinished)
+            except OSError:  # a file system without links
+                shutil.copyfile(last, unfinished)
+            os.replace(unfinished, kept)
+        except OSError as error:
+            raise EnvironmentUnfitError(
+                f"The checkpoint {kept} cannot be written: {error.strerror or error}.", remedy="Free some space, or keep fewer."
+            ) from error
+        if self._keep is not None:
+            for path in kept_checkpoints(self._folder)[: -self._keep]:
+                path.unlink(missing_ok=True)
+
+
+def kept_checkpoints(folder: Path) -> list[Path]:
+    """The files checkpoint_<step>.pt in `folder`, by their steps."""
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _KEPT_NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
 
 
 class TimeLimit(Callback):
@@ -339,7 +354,11 @@ class TimeLimit(Callback):
 
 
 class StopOnSignal(Callback):
-    """Lets Ctrl-C (SIGINT) and SIGTERM end the run after the step under way; the second signal has its usual effect, at once."""
+    """Lets Ctrl-C (SIGINT) and SIGTERM end the run after the step under way; the second signal has its usual effect, at once.
+
+    Among several processes only Ctrl-C counts as the second signal: torchrun passes SIGTERM on to all of them after the first, and kills
+    them half a minute later.
+    """
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
@@ -349,9 +368,14 @@ class StopOnSignal(Callback):
             return  # only the main thread may set handlers
 
         def handle(number: int, frame: FrameType | None) -> None:
-            self._restore()
+            if run.world.size == 1:
+                self._restore()
+            else:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             run.stop("sigint" if number == signal.SIGINT else "sigterm")
-            os.write(2, b"\nStopping after this step. Once more stops at once.\n")  # logging is not safe within a handler
+            if run.world.is_main:
+                os.write(2, b"\nStopping after this step. Once more stops at once.\n")  # logging is not safe within a handler
 
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, handle)
@@ -366,9 +390,10 @@ class StopOnSignal(Callback):
 
 
 class ProgressBar(Callback):
-    """A bar on standard error with loss, tokens/s and the time left. Only for a terminal: see `is_wanted`."""
+    """A bar on standard error with the time left, tokens/s, loss, memory and utilisation. Only for a terminal: see `is_wanted`."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: LogProgress) -> None:
+        self._progress = progress
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
         self._tokens, self._seconds = 0, 0.0
@@ -400,7 +425,7 @@ class ProgressBar(Callback):
         assert self._bar is not None
         assert self._task is not None
         speed = (run.progress.tokens - self._tokens) / max(run.train_seconds() - self._seconds, 1e-9)
-        self._bar.update(self._task, completed=report.step, speed=f"{speed:,.0f} tokens/s")
+        self._bar.update(self._task, completed=report.step, speed=bar_text(speed, self._progress.latest))
 
     def close(self) -> None:
         if self._bar is not None:
@@ -408,43 +433,18 @@ class ProgressBar(Callback):
             self._bar = None
 
 
-def result_figures(result: EvalResult, char: bool) -> dict[str, Any]:
-    """The figures of an evaluation as plain values with their units in their names."""
-    nll = result.nll_nats_per_token
-    return {"nll_nats_per_token": nll, **nll_figure(nll, char), "n_tokens": result.n_tokens, "seconds": result.seconds}
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory held so far: of the GPU by PyTorch, or of this process; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+def bar_text(tokens_per_s: float, latest: Mapping[str, Any]) -> str:
+    """What the bar says of speed, and of what was logged last: loss, share of the device's arithmetic, most memory held."""
+    parts = [f"{tokens_per_s:,.0f} tokens/s"]
+    if latest:
+        parts.append(f"loss {latest['loss_nats_per_token']:.2f}")
+        if latest["model_flops_utilisation"] is not None:
+            parts.append(f"{latest['model_flops_utilisation']:.0%} of peak")
+        if latest["peak_memory_bytes"] is not None:
+            parts.append(f"{latest['peak_memory_bytes'] / 2**30:.1f} GiB")
+    return " · ".join(parts)
 
 
 def by_signal(ending: Ending | None) -> bool:
     """True if a signal ended the run: then nothing more is computed, only saved."""
     return ending in ("sigint", "sigterm")
-
-
-def nll_figure(nll: float, char: bool) -> dict[str, float]:
-    """The figure people quote for a mean nll: bits per character, or perplexity."""
-    return {"bits_per_char": metrics.bits_per_char(nll)} if char else {"perplexity": metrics.perplexity(nll)}
-
-
-def _drop_unfinished_line(path: Path) -> None:
-    """Cut off a last line that a killed run left without its end."""
-    if path.exists():
-        text = path.read_bytes()
-        if text and not text.endswith(b"\n"):
-            os.truncate(path, text.rfind(b"\n") + 1)
-
-
-def _unwritable(path: Path, error: OSError) -> EnvironmentUnfitError:
-    return EnvironmentUnfitError(
-        f"{path} cannot be written: {error.strerror or error}.", remedy="Free some space, or choose another folder with `--work-dir`."
-    )

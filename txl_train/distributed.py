@@ -54,17 +54,19 @@ class World:
         return slice(self.rank * part, (self.rank + 1) * part)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Return the sums over all processes of each value, in float64."""
+        """Return the sums over all processes of each value, in float64. All must call it with as many values."""
         if self.size == 1:
             return [float(value) for value in values]
         totals = torch.tensor(list(values), dtype=torch.float64)
         parts = [torch.empty_like(totals) for _ in range(self.size)]
-        _on_device(parts, totals)
+        torch.distributed.all_gather(parts, totals)
         return [float(value) for value in torch.stack(parts).sum(dim=0)]
 
-    def any(self, value: bool) -> bool:
-        """True if `value` is in any process."""
-        return (self.size > 1 and self.sum([float(value)])[0] > 0) or value
+    def largest(self, value: int) -> int:
+        """Return the largest `value` of all processes."""
+        if self.size == 1:
+            return value
+        return max(int(part) for part in self.gather(torch.tensor(value)))
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the `tensor` of every process, in order of the ranks, on the CPU; shapes and types must agree."""
@@ -111,7 +113,7 @@ def join(world: World, device: torch.device) -> Iterator[None]:
     if world.size == 1 or torch.distributed.is_initialized():
         yield
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # by where a tensor is
     try:
         torch.distributed.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
@@ -123,15 +125,3 @@ def join(world: World, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group()
-
-
-def _on_device(parts: list[Tensor], tensor: Tensor) -> None:
-    """Gather a CPU tensor over whatever backend there is: NCCL takes tensors of GPUs only."""
-    if torch.distributed.get_backend() == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
-        there = [part.to(device) for part in parts]
-        torch.distributed.all_gather(there, tensor.to(device))
-        for part, value in zip(parts, there):
-            part.copy_(value)
-    else:
-        torch.distributed.all_gather(parts, tensor)

@@ -1,9 +1,11 @@
 """Scoring a corpus: the only place where token losses become a perplexity, whichever runtime computes them.
 
-The memory is carried here, from segment to segment, from a cold start. Sums are float64, and only counted tokens enter them.
+The memory is carried here, from segment to segment, from a cold start. Sums are float64, and only counted tokens enter them. Several
+processes each score streams of their own, and all get the sums over all. How a text is cut, and which tokens count, is decided by whoever
+makes the segments (`data.segments`, `protocols`).
 """
 
-# Shape suffixes: B batch, T tgt_len
+# Shape suffixes: B batch, T tgt_len, Q inputs (ext_len + tgt_len)
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from txl_train import metrics
 from txl_train.config import MemoryKind, ModelConfig
 from txl_train.data.segments import Segment
+from txl_train.distributed import World
 from txl_train.errors import ValidationError
 from txl_train.model.adaptive import cluster_rows
 from txl_train.model.inference import InferenceStep
@@ -40,7 +43,7 @@ class Stepper(Protocol):
         """Return the memory of `batch_size` streams at a cold start."""
         ...
 
-    def step(self, input_ids_BT: Tensor, target_ids_BT: Tensor, memory: Memory) -> StepOutput:
+    def step(self, input_ids_BQ: Tensor, target_ids_BT: Tensor, memory: Memory) -> StepOutput:
         """Score one segment. Outputs stay valid until the next `step` that continues them; clone what you keep."""
         ...
 
@@ -58,25 +61,38 @@ class ModelStepper:
         return empty_memory(module.config, module.memory, batch_size, device=weight.device, dtype=weight.dtype)
 
     @torch.inference_mode()
-    def step(self, input_ids_BT: Tensor, target_ids_BT: Tensor, memory: Memory) -> StepOutput:
-        """Score one segment of `tgt_len` tokens."""
+    def step(self, input_ids_BQ: Tensor, target_ids_BT: Tensor, memory: Memory) -> StepOutput:
+        """Score one segment of `tgt_len` tokens; the inputs begin with the `ext_len` tokens before them."""
         rows = cluster_rows(target_ids_BT.reshape(-1), self.module.head.cluster_ends)
-        nll_BT, length_B, states = self.module(input_ids_BT, target_ids_BT, rows, memory.length_B, memory.states)
+        nll_BT, length_B, states = self.module(input_ids_BQ, target_ids_BT, rows, memory.length_B, memory.states)
         return StepOutput(nll_BT, Memory(states, length_B))
+
+
+class ProcessScore(NamedTuple):
+    """What one of several processes has scored."""
+
+    nll_nats_sum: float
+    n_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """The outcome of scoring: one sum, one count, and what follows from them."""
+    """The outcome of scoring: one sum, one count, and what follows from them; of several processes, over all of them."""
 
     nll_nats_sum: float
     """Sum of −log p over the counted tokens, nats."""
     n_tokens: int
     """Number of counted tokens."""
     n_segments: int
-    """Number of steps taken."""
+    """Number of steps taken, each by all processes."""
     seconds: float
-    """Wall time from the first segment to the last, reading the text and adding up included."""
+    """Wall time from the first segment to the last, reading the text and adding up included; of several processes, the longest."""
+    by_process: tuple[ProcessScore, ...] = ()
+    """The parts of several processes, in order of their ranks; empty for one."""
+    step_seconds: tuple[float, ...] = ()
+    """Wall time of each step until the device was done, of several processes the longest; empty unless steps were timed."""
+    step_tokens: tuple[int, ...] = ()
+    """Targets of each step over all processes, without padding; empty unless steps were timed."""
 
     @property
     def nll_nats_per_token(self) -> float:
@@ -117,6 +133,8 @@ def evaluate(
     device: torch.device | str = "cpu",
     max_segments: int | None = None,
     on_step: Callable[[int], None] | None = None,
+    world: World | None = None,
+    synchronize: Callable[[], None] | None = None,
 ) -> EvalResult:
     """Score `segments` in order, from a cold start.
 
@@ -126,28 +144,60 @@ def evaluate(
         device: where the stepper expects its tensors.
         max_segments: stop after so many.
         on_step: called with the number of segments done, for progress.
+        world: processes that each call this with streams of their own, in equally many segments; None means that there is only this one.
+        synchronize: waits for the device; given, each step is timed between two calls of it, tokens already on the device.
 
     Raises:
-        ValidationError: a token's nll is not finite.
+        ValidationError: a token's nll is not finite, in any process.
     """
+    world = world or World()
     memory = stepper.initial_memory(batch_size)
-    total, n_tokens, n_segments = 0.0, 0, 0
+    total, n_tokens, n_segments, not_finite = 0.0, 0, 0, -1
+    step_ns: list[int] = []
+    step_tokens: list[int] = []
     start = time.perf_counter()
     for segment in segments:
         if max_segments is not None and n_segments >= max_segments:
             break
-        input_ids_BT = torch.from_numpy(segment.input_ids_BT).to(device)
+        input_ids_BQ = torch.from_numpy(segment.input_ids_BT).to(device)
         target_ids_BT = torch.from_numpy(segment.target_ids_BT).to(device)
-        nll_BT, memory = stepper.step(input_ids_BT, target_ids_BT, memory)
+        if synchronize is not None:
+            synchronize()
+            step_start = time.perf_counter_ns()
+        nll_BT, memory = stepper.step(input_ids_BQ, target_ids_BT, memory)
+        n_counted = int(segment.counted_BT.sum())
+        if synchronize is not None:
+            synchronize()
+            step_ns.append(time.perf_counter_ns() - step_start)
+            step_tokens.append(n_counted or segment.target_ids_BT.size)  # a segment of which nothing counts is no padding
         part = counted_sum(nll_BT, segment.counted_BT)
         if not np.isfinite(part):
-            raise ValidationError(
-                f"The loss of segment {segment.index} is not finite, so there is no perplexity.",
-                remedy="Evaluate in fp32; if it persists, the weights themselves are damaged: use an earlier checkpoint.",
-            )
+            not_finite = segment.index
+            break  # to the other processes, which are told below
         total += part
-        n_tokens += int(segment.counted_BT.sum())
+        n_tokens += n_counted
         n_segments += 1
         if on_step is not None:
             on_step(n_segments)
-    return EvalResult(nll_nats_sum=total, n_tokens=n_tokens, n_segments=n_segments, seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    figures = world.gather(torch.tensor([total, n_tokens, seconds, not_finite], dtype=torch.float64))
+    for rank, (*_, index) in enumerate(figures):
+        if index >= 0:
+            where = "" if world.size == 1 else f" in process {rank}"
+            raise ValidationError(
+                f"The loss of segment {int(index)}{where} is not finite, so there is no perplexity.",
+                remedy="Evaluate in fp32; if it persists, the weights themselves are damaged: use an earlier checkpoint.",
+            )
+    by_process = tuple(ProcessScore(float(part[0]), int(part[1])) for part in figures)
+    if step_ns:
+        step_ns = torch.stack(world.gather(torch.tensor(step_ns))).amax(dim=0).tolist()
+        step_tokens = torch.stack(world.gather(torch.tensor(step_tokens))).sum(dim=0).tolist()
+    return EvalResult(
+        nll_nats_sum=sum(part.nll_nats_sum for part in by_process),
+        n_tokens=sum(part.n_tokens for part in by_process),
+        n_segments=n_segments,
+        seconds=max(float(part[2]) for part in figures),
+        by_process=by_process if world.size > 1 else (),
+        step_seconds=tuple(ns / 1e9 for ns in step_ns),
+        step_tokens=tuple(step_tokens),
+    )

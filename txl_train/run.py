@@ -10,43 +10,46 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
 from txl_train.callbacks import (
     BEST_NAME,
     LAST_NAME,
-    LOG_NAME,
-    METRICS_NAME,
     Ending,
     EvaluateAndSave,
     LogProgress,
     Progress,
     ProgressBar,
-    RunRecord,
     StopOnSignal,
     TimeLimit,
+    Work,
     by_signal,
-    end_line,
-    nll_figure,
-    result_figures,
+    kept_checkpoints,
 )
-from txl_train.checkpoint import Checkpoint, load_model
-from txl_train.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_dict
+from txl_train.checkpoint import Checkpoint, load_checkpoint, load_model
+from txl_train.config import Compat, DataConfig, MemoryKind, ModelConfig, RunConfig, SameLengthRule, TrainConfig, to_dict
 from txl_train.data import pydoc
 from txl_train.data.corpus import Corpus, load_corpus
 from txl_train.data.datasets import default_cutoffs, get_dataset
 from txl_train.data.segments import SegmentIterator
 from txl_train.device import resolve_device
-from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError, UsageError
+from txl_train.distributed import World, join
+from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError, TxlError, UsageError, ValidationError
 from txl_train.evaluate import EvalResult, ModelStepper, evaluate
+from txl_train.flops import forward_flops_per_token, measured_peak_flops, training_flops_per_token
+from txl_train.metrics import perplexity
 from txl_train.model.inference import with_lengths
 from txl_train.model.transformer_xl import TransformerXL
+from txl_train.records import LOG_NAME, METRICS_NAME, RunRecord, end_line, nll_figure, result_figures
 from txl_train.settings import Resolved
 from txl_train.trainer import Trainer
 
@@ -54,8 +57,23 @@ log = logging.getLogger(__name__)
 
 SETTINGS_NAME = "config.yaml"
 
-_FIXED_ON_RESTART = ("data.dataset", "data.min_count", "optim.optim", "train.batch_size", "train.batch_chunk", "train.tgt_len")
+_FIXED_ON_RESTART = (
+    "data.dataset",
+    "data.vocab",
+    "data.min_count",
+    "optim.optim",
+    "train.batch_size",
+    "train.tgt_len",
+    "train.roll",
+    "train.varlen",
+    "train.compat",
+)
 """Settings that the kept optimizer state, memory and position in the data depend on; so do all of the model's."""
+
+_RULE_OF: dict[Compat, SameLengthRule] = {"nvidia-2019": "mem_len", "nvidia-2023": "mem_len+1"}
+
+_SHORT_RUN = 200
+"""Steps below which measuring the device's peak is not worth its part of a second on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +92,51 @@ class TrainResult:
     """The best checkpoint on test.txt; None where a signal ended the run."""
     eval_tgt_len: int
     eval_mem_len: int
-    work_dir: Path
+    work_dir: Path | None
+    """None in debug mode, which writes no files."""
     data_folder: Path
+    processes: int
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Target tokens per second of training, evaluations left out."""
+        progress = self.progress
+        return progress.tokens / progress.train_seconds if progress.train_seconds else None
+
+    def check_targets(self, train: TrainConfig) -> None:
+        """Compare what was reached with `target_throughput` and `target_perplexity`.
+
+        Raises:
+            ValidationError: a target was missed, or there is nothing to compare it with.
+        """
+        missed = []
+        if train.target_throughput is not None and (self.tokens_per_s or 0.0) < train.target_throughput:
+            missed.append(f"throughput achieved: {self.tokens_per_s or 0.0:.2f} tok/s, target: {train.target_throughput:.2f}")
+        if train.target_perplexity is not None:
+            best = self.progress.best_valid_nll
+            reached = None if best is None else perplexity(best)
+            if reached is None or reached > train.target_perplexity:
+                said = "none, as there was no evaluation" if reached is None else f"{reached:.2f}"
+                missed.append(f"validation perplexity achieved: {said}, target: {train.target_perplexity:.2f}")
+        if missed:
+            raise ValidationError(f"A target was missed: {'; '.join(missed)}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        progress, folder = self.progress, self.work_dir
+        progress = self.progress
         best = progress.best_valid_nll
+
+        def path(name: str) -> str | None:
+            return str(self.work_dir / name) if self.work_dir is not None and (self.work_dir / name).exists() else None
+
         return {
             "ending": self.ending,
             "steps": progress.step,
             "epoch": progress.epoch,
             "tokens": progress.tokens,
             "train_seconds": progress.train_seconds,
-            "tokens_per_s": progress.tokens / progress.train_seconds if progress.train_seconds else None,
+            "tokens_per_s": self.tokens_per_s,
+            "processes": self.processes,
             "dataset": self.dataset,
             "data": str(self.data_folder),
             "vocab_size": self.vocab_size,
@@ -97,12 +146,12 @@ class TrainResult:
             "best": None if best is None else {"step": progress.best_step, "nll_nats_per_token": best, **nll_figure(best, self.char)},
             "valid": None if self.valid is None else result_figures(self.valid, self.char),
             "test": None if self.test is None else result_figures(self.test, self.char),
-            "work_dir": str(folder),
-            "checkpoint_best": str(folder / BEST_NAME) if (folder / BEST_NAME).exists() else None,
-            "checkpoint_last": str(folder / LAST_NAME) if (folder / LAST_NAME).exists() else None,
-            "metrics": str(folder / METRICS_NAME),
-            "log": str(folder / LOG_NAME),
-            "settings": str(folder / SETTINGS_NAME),
+            "work_dir": None if self.work_dir is None else str(self.work_dir),
+            "checkpoint_best": path(BEST_NAME),
+            "checkpoint_last": path(LAST_NAME),
+            "metrics": path(METRICS_NAME),
+            "log": path(LOG_NAME),
+            "settings": path(SETTINGS_NAME),
         }
 
 
@@ -113,6 +162,7 @@ def train(
     in_place: bool = True,
     overwrite: bool = False,
     show_progress: bool = True,
+    world: World | None = None,
 ) -> TrainResult:
     """Do all of `txl train`: open the text, build or restore the model, train, and score the best checkpoint on test.txt.
 
@@ -122,6 +172,7 @@ def train(
         in_place: that checkpoint is the work folder's own, so the records there are continued; otherwise the folder must be new.
         overwrite: delete the run that the work folder holds.
         show_progress: draw a bar where standard error is a terminal.
+        world: the processes that train together; each calls this with the same arguments.
 
     Raises:
         UsageError: the work folder holds a run already, or the settings contradict the checkpoint.
@@ -129,61 +180,115 @@ def train(
         EnvironmentUnfitError: there is no such device or precision here, or a file cannot be written.
         ValidationError: training diverged.
     """
+    world = world or World()
     config = resolved.config
     if continue_from is not None:
         _check_unchanged(continue_from, config)
-    in_place = in_place and continue_from is not None
-    folder = Path(config.train.work_dir)
-    device = torch.device(resolve_device(config.train.device))
+    devices = _devices(config.train, world)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    _make_folder(folder, may_hold_a_run=in_place or overwrite)
-    corpus = open_corpus(config.data, folder)
-    model_config = complete_model_config(config.model, corpus)
+    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+    in_place = in_place and continue_from is not None
+    with join(world, devices[0]), _work_folder(config, world, may_hold_a_run=in_place or overwrite) as folder:
+        return _train(
+            resolved,
+            continue_from=continue_from,
+            in_place=in_place,
+            show_progress=show_progress,
+            world=world,
+            devices=devices,
+            folder=folder,
+        )
+
+
+def _train(
+    resolved: Resolved,
+    *,
+    continue_from: Checkpoint | None,
+    in_place: bool,
+    show_progress: bool,
+    world: World,
+    devices: list[torch.device],
+    folder: Path,
+) -> TrainResult:
+    config = resolved.config
+    kept_folder = None if config.train.debug else folder
+    corpus = _open_corpus_once(config, folder, world)
+    model_config = complete_model_config(config, corpus)
     valid_ids, test_ids = (_evaluation_ids(corpus, split, config.train) for split in ("valid", "test"))
+    world.share(config.train.eval_batch_size)
     torch.manual_seed(config.train.seed)
-    run = resolved.to_dict() | {"data_folder": str(corpus.directory.resolve())}
-    trainer = Trainer(config, TransformerXL(model_config), corpus.ids("train"), vocabulary=corpus.vocabulary, run=run, device=device)
+    model = TransformerXL(model_config)
+    if config.train.init_from is not None and continue_from is None:
+        _take_weights(model, corpus, Path(config.train.init_from))
+    if world.rank and config.train.compat != "nvidia-2023":  # each process drops other values; NVIDIA's later code drops the same ones
+        torch.manual_seed(config.train.seed + world.rank)
+    trainer = Trainer(
+        config,
+        model,
+        corpus.ids("train"),
+        vocabulary=corpus.vocabulary,
+        run=resolved.to_dict() | {"data_folder": str(corpus.directory.resolve())},
+        device=devices,
+        world=world,
+        sentence_end=corpus.vocabulary.eos_id if getattr(corpus.spec, 'shuffles_sentences', False) else None,
+    )
     if continue_from is not None:
         trainer.restore(continue_from)
 
     # All that was asked for fits: from here on, what is in the folder is changed.
-    if not in_place:
-        for name in (LAST_NAME, BEST_NAME):
-            (folder / name).unlink(missing_ok=True)
-    if not (folder / BEST_NAME).exists():  # a best score without its weights is worth nothing
+    if world.is_main and kept_folder is not None:
+        if not in_place:
+            for path in (folder / LAST_NAME, folder / BEST_NAME, *kept_checkpoints(folder)):
+                path.unlink(missing_ok=True)
+        resolved.save(folder / SETTINGS_NAME)
+    world.wait()
+    if kept_folder is not None and not (folder / BEST_NAME).exists():  # a best score without its weights is worth nothing
         trainer.progress.best_valid_nll = trainer.progress.best_step = None
-    resolved.save(folder / SETTINGS_NAME)
-    score = _Scorer(evaluation_config(model_config, config.train), config.train, device)
-    char = corpus.vocabulary.unit != "word"
-    with contextlib.closing(RunRecord(folder, append=in_place)) as record:
-        _record_start(record, trainer, corpus, continuing=continue_from is not None)
+    score = _Scorer(evaluation_config(model_config, config.train), config.train, devices[0], world)
+    char = corpus.vocabulary.unit in ("char", "byte")
+    record = RunRecord(
+        kept_folder,
+        append=in_place,
+        rank=world.rank,
+        silent=not (world.is_main or config.train.log_all_ranks),
+        tensorboard=config.train.tensorboard and world.is_main,
+        first_step=trainer.progress.step,
+    )
+    with contextlib.closing(record):
+        work = _work(trainer, corpus, len(devices))
+        _record_start(record, trainer, corpus, work, folder=kept_folder, continuing=continue_from is not None)
         for line in resolved.differences:
             record.say(line)
         evaluation = EvaluateAndSave(
             record,
-            folder,
+            kept_folder,
             config.train.eval_interval,
             lambda on_step: score(trainer.model, valid_ids, max_segments=config.train.eval_max_steps, on_step=on_step),
             char=char,
+            keep=None if config.train.save_all else config.train.keep_last or 0,
         )
-        trainer.callbacks = [StopOnSignal(), LogProgress(record, config.train.log_interval, char=char)]
+        progress_log = LogProgress(record, config.train.log_interval, char=char, work=work)
+        trainer.callbacks = [StopOnSignal(), progress_log]
         if config.train.max_minutes is not None:
             trainer.callbacks.append(TimeLimit(config.train.max_minutes))
         trainer.callbacks.append(evaluation)
-        if show_progress and ProgressBar.is_wanted():
-            trainer.callbacks.append(ProgressBar())
+        if show_progress and world.is_main and ProgressBar.is_wanted():
+            trainer.callbacks.append(ProgressBar(progress_log))
         ending = trainer.run()
 
         progress, test = trainer.progress, None
         if by_signal(ending):
-            record.say(f"Stopped at step {progress.step}; the run is saved in {folder / LAST_NAME}. Continue with `--resume`.")
+            saved = "" if kept_folder is None else f"; the run is saved in {folder / LAST_NAME}. Continue with `--resume`"
+            record.say(f"Stopped at step {progress.step}{saved}.")
         else:
-            test = score(load_model(folder / BEST_NAME)[0].to(device), test_ids)
+            world.wait()  # until the best checkpoint is written
+            best = trainer.model if kept_folder is None else load_model(folder / BEST_NAME)[0].to(devices[0])
+            test = score(best, test_ids)
             record.say("=" * 100)
             record.say(end_line(test.seconds, test.nll_nats_per_token, char=char))
             record.say("=" * 100)
-            record.measure("test", step=progress.best_step, **result_figures(test, char))
+            record.measure("test", step=progress.best_step or progress.step, **result_figures(test, char))
         record.say(f"Training time: {progress.train_seconds / 60:.2f} minutes")
         record.say(f"Training throughput: {progress.tokens / max(progress.train_seconds, 1e-9):.2f} tok/s")
     return TrainResult(
@@ -197,8 +302,9 @@ def train(
         test=test,
         eval_tgt_len=config.train.eval_tgt_len,
         eval_mem_len=score.config.mem_len,
-        work_dir=folder,
+        work_dir=kept_folder,
         data_folder=corpus.directory,
+        processes=world.size,
     )
 
 
@@ -209,6 +315,7 @@ class _Scorer:
     config: ModelConfig
     train: TrainConfig
     device: torch.device
+    world: World
 
     def __call__(
         self,
@@ -218,10 +325,24 @@ class _Scorer:
         max_segments: int | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> EvalResult:
-        batch_size, tgt_len = self.train.eval_batch_size, self.train.eval_tgt_len
-        segments = SegmentIterator(ids, batch_size=batch_size, tgt_len=tgt_len)
-        stepper = ModelStepper(model.eval(), tgt_len=tgt_len, config=self.config)
-        return evaluate(stepper, segments, batch_size=batch_size, device=self.device, max_segments=max_segments, on_step=on_step)
+        segments = SegmentIterator(
+            ids,
+            batch_size=self.train.eval_batch_size,
+            tgt_len=self.train.eval_tgt_len,
+            ext_len=self.config.ext_len,
+            streams=self.world.share(self.train.eval_batch_size),
+        )
+        memory: MemoryKind = "kv" if self.config.attn_type in ("relative", "shaw") else "hidden"
+        stepper = ModelStepper(model.eval(), tgt_len=self.train.eval_tgt_len, memory=memory, config=self.config)
+        return evaluate(
+            stepper,
+            segments,
+            batch_size=segments.batch_size,
+            device=self.device,
+            max_segments=max_segments,
+            on_step=on_step,
+            world=self.world,
+        )
 
 
 def open_corpus(config: DataConfig, work_dir: Path) -> Corpus:
@@ -242,16 +363,29 @@ def open_corpus(config: DataConfig, work_dir: Path) -> Corpus:
             remedy="Give it with `--data DIR`; `--dataset pydoc` needs none.",
         )
     cache_dir = None if os.environ.get("TXL_CACHE_DIR") else work_dir / "cache"
-    return load_corpus(folder, spec, cache_dir=cache_dir, min_count=config.min_count)
+    return load_corpus(folder, spec, cache_dir=cache_dir, min_count=config.min_count, **({} if config.vocab == 'word' else {'vocab': config.vocab}))
 
 
-def complete_model_config(config: ModelConfig, corpus: Corpus) -> ModelConfig:
-    """Fill in what depends on the text: the vocabulary's size, and the data set's cutoffs if `adaptive` is set without any.
+def _open_corpus_once(config: RunConfig, folder: Path, world: World) -> Corpus:
+    """Open the text, in the first process before the others, which then find it prepared."""
+    if not world.is_main:
+        world.wait()
+    corpus = open_corpus(config.data, folder)
+    for split in ("train", "valid", "test"):
+        corpus.ids(split)
+    if world.is_main:
+        world.wait()
+    return corpus
+
+
+def complete_model_config(run: RunConfig, corpus: Corpus) -> ModelConfig:
+    """Fill in what depends on the text and on training: the vocabulary's size, the data set's cutoffs if `adaptive` is set without
+    any, the number of learned positions, and under `compat` the lineage's rule of `same_length`.
 
     Raises:
         ConfigError: the settings contradict the text or each other.
     """
-    vocab_size = len(corpus.vocabulary)
+    config, vocab_size = run.model, len(corpus.vocabulary)
     if config.vocab_size not in (0, vocab_size):
         raise ConfigError(f"`vocab_size` must be 0 or the vocabulary's size {vocab_size}, but is {config.vocab_size} instead.")
     if config.cutoffs and not config.adaptive:
@@ -261,7 +395,18 @@ def complete_model_config(config: ModelConfig, corpus: Corpus) -> ModelConfig:
         cutoffs = default_cutoffs(corpus.spec, vocab_size)
         if not cutoffs:
             log.info("A vocabulary of %d tokens gains nothing from the adaptive softmax: using a plain one.", vocab_size)
-    return dataclasses.replace(config, vocab_size=vocab_size, cutoffs=cutoffs, adaptive=bool(cutoffs))
+    if run.train.sample_softmax is not None and cutoffs:
+        raise ConfigError(
+            "`sample_softmax` and `adaptive` are two ways to train with many words: they cannot be combined.",
+            remedy="Add `--no-adaptive`, or leave `--sample-softmax` out.",
+        )
+    rows = config.position_rows
+    if config.attn_type in ("shaw", "learned") and not rows:
+        rows = run.train.tgt_len + config.ext_len + config.mem_len
+    rule = config.same_length_rule if run.train.compat is None else _RULE_OF[run.train.compat]
+    return dataclasses.replace(
+        config, vocab_size=vocab_size, cutoffs=cutoffs, adaptive=bool(cutoffs), position_rows=rows, same_length_rule=rule
+    )
 
 
 def evaluation_config(config: ModelConfig, train: TrainConfig) -> ModelConfig:
@@ -276,6 +421,89 @@ def evaluation_config(config: ModelConfig, train: TrainConfig) -> ModelConfig:
 def n_parameters(model: TransformerXL) -> int:
     """Number of weights; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def _work_folder(config: RunConfig, world: World, *, may_hold_a_run: bool) -> Iterator[Path]:
+    """Yield the work folder, made by the first process; in debug mode one that vanishes at the end."""
+    if config.train.debug:
+        with tempfile.TemporaryDirectory(prefix="txl-debug-") as temporary:
+            yield Path(temporary)
+        return
+    folder = named_work_dir(config, world.largest(int(time.time())))
+    if world.is_main:
+        _make_folder(folder, may_hold_a_run=may_hold_a_run)
+    world.wait()
+    yield folder
+
+
+def named_work_dir(config: RunConfig, started: float) -> Path:
+    """Return the path of the work folder with what `append_dataset` and `append_time` add to it; `started` in seconds since 1970."""
+    folder = Path(config.train.work_dir)
+    if config.train.append_dataset:
+        folder = folder.with_name(f"{folder.name}-{config.data.dataset}")
+    if config.train.append_time:
+        folder = folder / time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
+    return folder
+
+
+def _devices(train: TrainConfig, world: World) -> list[torch.device]:
+    """The devices of this process.
+
+    Raises:
+        UsageError: `multi_gpu` and the processes contradict each other.
+        EnvironmentUnfitError: there is no such device.
+    """
+    device = torch.device(resolve_device(train.device))
+    if train.gpu0_bsz is not None and train.multi_gpu != "dp":
+        raise UsageError("`--gpu0-bsz` is the share of the first GPU in `--multi-gpu dp`.", remedy="Add `--multi-gpu dp`, or leave it out.")
+    if train.multi_gpu == "dp" and world.size > 1:
+        raise UsageError(
+            f"`--multi-gpu dp` is one process for all GPUs, but there are {world.size} processes.", remedy="Use `--multi-gpu ddp`."
+        )
+    if device.type != "cuda":
+        return [device]
+    if train.multi_gpu == "dp":
+        return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    if world.size > 1:
+        if world.local_rank >= torch.cuda.device_count():
+            raise EnvironmentUnfitError(
+                f"Process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}.",
+                remedy="Start no more processes than there are GPUs: `torchrun --nproc-per-node`.",
+            )
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    return [device]
+
+
+def _take_weights(model: TransformerXL, corpus: Corpus, path: Path) -> None:
+    """Begin with the weights of a checkpoint of the same model and vocabulary."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint.vocabulary.sha256 != corpus.vocabulary.sha256:
+        raise UsageError(
+            f"{path} has another vocabulary ({len(checkpoint.vocabulary)} tokens) than this text ({len(corpus.vocabulary)}).",
+            remedy="Begin with a checkpoint that was trained on the same train.txt.",
+        )
+    try:
+        model.load_parameters(checkpoint.model)
+    except TxlError as error:
+        raise UsageError(
+            f"{path} is of another model. {error.message}", remedy="Give the model's settings that it was trained with."
+        ) from error
+
+
+def _work(trainer: Trainer, corpus: Corpus, n_devices: int) -> Work | None:
+    """How much arithmetic a token takes and the devices can do; None in a run too short for measuring that."""
+    train, config = trainer.config.train, trainer.model.config
+    if trainer.max_step - trainer.progress.step < _SHORT_RUN and trainer.device.type == "cpu":
+        return None
+    ids = np.asarray(corpus.ids("train")[: 1 << 20])
+    counts = np.histogram(ids, bins=[*config.cluster_ends])[0]
+    shares = (counts[1:] / len(ids)).tolist()
+    flops = training_flops_per_token(forward_flops_per_token(config, train.tgt_len, train.batch_size, shares))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[train.dtype]
+    (peak,) = trainer.world.sum([n_devices * measured_peak_flops(trainer.device, dtype)])
+    return Work(flops, peak)
 
 
 def _make_folder(folder: Path, *, may_hold_a_run: bool) -> None:
@@ -319,13 +547,15 @@ def _evaluation_ids(corpus: Corpus, split: str, train: TrainConfig) -> npt.NDArr
     return ids
 
 
-def _record_start(record: RunRecord, trainer: Trainer, corpus: Corpus, *, continuing: bool) -> None:
+def _record_start(record: RunRecord, trainer: Trainer, corpus: Corpus, work: Work | None, *, folder: Path | None, continuing: bool) -> None:
     config, model_config = trainer.config, trainer.model.config
     n_all, n_layers = n_parameters(trainer.model), sum(parameter.numel() for parameter in trainer.model.layers.parameters())
     counts = {split: corpus.n_tokens(split) for split in ("train", "valid", "test")}
     tokens = " / ".join(f"{count:,}" for count in counts.values())
     progress = trainer.progress
-    record.say(f"{'Continuing' if continuing else 'Training'} in {config.train.work_dir} on {trainer.device} in {config.train.dtype}")
+    arithmetic = config.train.dtype + (" with TF32 products" if config.train.tf32 else "")
+    together = f", {trainer.world.size} processes" if trainer.world.size > 1 else ""
+    record.say(f"{'Continuing' if continuing else 'Training'} in {folder or 'no folder'} on {trainer.device} in {arithmetic}{together}")
     record.say(
         f"Data set {corpus.spec.name} in {corpus.directory}: {tokens} tokens to train / validate / test, "
         f"{model_config.vocab_size:,} types, cutoffs {list(model_config.cutoffs) or 'none'}"
@@ -346,6 +576,10 @@ def _record_start(record: RunRecord, trainer: Trainer, corpus: Corpus, *, contin
         parameters=n_all,
         device=str(trainer.device),
         dtype=config.train.dtype,
+        tf32=config.train.tf32,
+        processes=trainer.world.size,
+        flops_per_token=None if work is None else work.flops_per_token,
+        peak_flops=None if work is None else work.peak_flops,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         seed=config.train.seed,

@@ -206,6 +206,12 @@ def value_type(name: str) -> Any:
     return _kind(section, key)[0]
 
 
+def allows_none(name: str) -> bool:
+    """True if the setting `section.key` may be none."""
+    section, _, key = name.partition(".")
+    return _kind(section, key)[1]
+
+
 def _kind(section: str, key: str) -> tuple[Any, bool]:
     kind = typing.get_type_hints(SECTIONS[section])[key]
     if typing.get_origin(kind) in (typing.Union, types.UnionType):

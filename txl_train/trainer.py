@@ -1,10 +1,13 @@
 """Training: the optimizer step, its counters and its state.
 
-`Trainer` knows one step and how to continue exactly where a checkpoint left off; what happens around the steps is done by callbacks,
-and what a whole run is made of stands in `run`.
+`Trainer` knows one step and how to continue exactly where a checkpoint left off. Which tokens a step reads stands in `order`, how
+they are spread over parts, devices and processes in `parallel`; what happens around the steps is done by callbacks, and what a whole
+run is made of stands in `run`.
 
-Memory starts empty at each epoch, and each of the `batch_chunk` parts of a batch carries its own.
+Memory starts empty at each epoch (with `compat` nvidia-2023 only at the first), and each stream carries its own.
 """
+
+# Shape suffixes: B streams, T tokens of a segment
 
 from __future__ import annotations
 
@@ -23,16 +26,22 @@ from torch import Tensor
 from txl_train.callbacks import LAST_NAME, Callback, Ending, Progress, StepReport, by_signal
 from txl_train.checkpoint import Checkpoint
 from txl_train.config import RunConfig
-from txl_train.data.segments import Segment, SegmentIterator
+from txl_train.data.segments import Segment
 from txl_train.data.vocabulary import Vocabulary
+from txl_train.distributed import World
 from txl_train.errors import CheckpointError, UsageError, ValidationError
 from txl_train.model.memory import Memory
+from txl_train.model.sampled import SampledSoftmax
 from txl_train.model.transformer_xl import TransformerXL
 from txl_train.optim.build import build_optimizer
-from txl_train.optim.schedules import learning_rate
+from txl_train.optim.schedules import Schedule
+from txl_train.order import TrainingOrder
+from txl_train.parallel import Engine
 from txl_train.precision import Precision
 
 _CONTINUE_SLOWER = f"{LAST_NAME} is as it was: continue from it with `--resume` and a smaller `--lr`."
+_ENDINGS: tuple[Ending | None, ...] = (None, "finished", "max_minutes", "sigterm", "sigint")
+"""Later ones go before earlier ones where processes have several."""
 
 
 class Trainer:
@@ -40,14 +49,18 @@ class Trainer:
 
     Args:
         config: the settings; those of `optim` and `train` are used here.
-        model: is moved to `device` and trained in place.
+        model: is moved to the device and trained in place.
         train_ids: the training text, [N].
         vocabulary: of the text; kept in checkpoints.
         run: what checkpoints keep as their `run`.
-        device: where to compute.
+        device: where to compute; several for data parallelism within the process.
+        world: the processes that train together; every one makes its own trainer, with the same arguments but the device.
+        sentence_end: id that ends each sentence, if training shuffles whole sentences.
         callbacks: called in this order.
 
     Raises:
+        ConfigError: the batch cannot be divided into the parts asked for.
+        UsageError: the streams cannot be divided equally among the processes.
         EnvironmentUnfitError: the device cannot compute in the precision asked for.
     """
 
@@ -59,25 +72,48 @@ class Trainer:
         *,
         vocabulary: Vocabulary,
         run: Mapping[str, Any] | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | Sequence[torch.device] = "cpu",
+        world: World | None = None,
+        sentence_end: int | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        train = config.train
+        devices = [torch.device(device)] if isinstance(device, (str, torch.device)) else list(device)
         self.config = config
-        self.device = torch.device(device)
+        self.device = devices[0]
+        self.world = world or World()
         self.model = model.to(self.device)
         self.vocabulary = vocabulary
         self.callbacks = list(callbacks)
         self.progress = Progress()
-        self.segments = SegmentIterator(train_ids, batch_size=config.train.batch_size, tgt_len=config.train.tgt_len)
-        self.precision = Precision(config.train.dtype, self.device)
-        self.optimizer = build_optimizer(config.optim, self.model.parameters())
+        self.precision = Precision(train.dtype, self.device)
+        sampled = None if train.sample_softmax is None else SampledSoftmax(model.config, train.sample_softmax)
+        self.engine = Engine(self.model, train, devices=devices, world=self.world, sampled=sampled)
+        self.order = TrainingOrder(
+            ids_N=train_ids,
+            batch_size=train.batch_size,
+            tgt_len=train.tgt_len,
+            ext_len=model.config.ext_len,
+            streams=self.world.share(train.batch_size),
+            roll=train.roll,
+            varlen=train.varlen,
+            sentence_end=sentence_end,
+            compat=train.compat,
+            seed=train.seed,
+        )
+        self.segments = self.order.epoch(1)
+        self.schedule = Schedule(config.optim, train.max_step, train.compat)
+        self.optimizer = build_optimizer(config.optim, self.model.parameters(), compat=train.compat)
         self.memories = self._cold_memories()
         self._signal: Ending | None = None
         self._other_ending: Ending | None = None
+        self._agreed: Ending | None = None
         self._run = dict(run or {})
         self._train_ids_crc32 = _crc32(train_ids)
         self._unchecked: list[StepReport] = []
         self._clock_start: float | None = None
+        embeddings = {id(parameter) for parameter in self.model.embedding.parameters()} if config.optim.clip_nonemb else set()
+        self._clipped = [parameter for parameter in self.model.parameters() if id(parameter) not in embeddings]
 
     @property
     def max_step(self) -> int:
@@ -93,8 +129,18 @@ class Trainer:
 
     @property
     def ending(self) -> Ending | None:
-        """Why the run is to end; None while it goes on. A signal goes before every other reason, also one that was given earlier."""
-        return self._signal or self._other_ending
+        """Why the run is to end; None while it goes on. A signal goes before every other reason, also one that was given earlier.
+
+        Of several processes, each has its own reasons until they `agree`.
+        """
+        return self._agreed if self.world.size > 1 else self._signal or self._other_ending
+
+    def agree(self) -> Ending | None:
+        """Return why the run is to end, the same in all processes, which must all call this."""
+        own = self._signal or self._other_ending
+        if self.world.size > 1:
+            self._agreed = _ENDINGS[self.world.largest(_ENDINGS.index(own))]
+        return self.ending
 
     def run(self) -> Ending:
         """Train until `max_step`, or until a callback stops the run, and return why it ended.
@@ -108,7 +154,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.start(self)
             self._start_clock()
-            while self.progress.step < self.max_step and self.ending is None:
+            while self.progress.step < self.max_step and self.agree() is None:
                 report = self.step()
                 for callback in self.callbacks:
                     callback.after_step(self, report)
@@ -121,7 +167,7 @@ class Trainer:
                 callback.close()
 
     def step(self) -> StepReport:
-        """Take one optimizer step on the next batch; the loss is the mean over the batch's tokens.
+        """Take one optimizer step on the next batch; the loss is the mean over the batch's tokens (of several processes, a part of it).
 
         Raises:
             ValidationError: the loss or the gradients of this step, or of one of the last `log_interval` on a GPU, are not finite.
@@ -129,26 +175,21 @@ class Trainer:
         progress, optim = self.progress, self.config.optim
         if progress.batch == len(self.segments):
             progress.epoch, progress.batch = progress.epoch + 1, 0
-            self.memories = self._cold_memories()
+            self.segments = self.order.epoch(progress.epoch)
+            if self.config.train.compat != "nvidia-2023":
+                self.memories = self._cold_memories()
         segment = self.segments.segment(progress.batch)
-        n_tokens = int(segment.counted_BT.sum())
-        lr = learning_rate(optim, progress.step + 1, self.max_step)
+        n_tokens = self.segments.n_counted_in(progress.batch)
+        lr = self.schedule.learning_rate(progress.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.device)
-        parts = (self._parts(array) for array in (segment.input_ids_BT, segment.target_ids_BT, segment.counted_BT))
-        for i, (input_ids_BT, target_ids_BT, counted_BT) in enumerate(zip(*parts, strict=True)):
-            with self.precision.autocast():
-                hidden_BTD, self.memories[i] = self.model(input_ids_BT, self.memories[i])
-                nll_BT = self.model.nll(hidden_BTD, target_ids_BT)
-                part_of_loss = (nll_BT * counted_BT).sum() / n_tokens
-            self.precision.backward(part_of_loss)
-            loss += part_of_loss.detach()
+        batch = (torch.from_numpy(segment.input_ids_BT), torch.from_numpy(segment.target_ids_BT), torch.from_numpy(segment.counted_BT))
+        loss, self.memories = self.engine.run(batch, self.memories, n_tokens, self.precision)
         self._forget_unused_clusters(segment)
-        grad_norm = self.precision.clip(self.optimizer, self.model.parameters(), optim.clip)
+        grad_norm = self.precision.clip(self.optimizer, self._clipped, optim.clip)
         self.precision.step(self.optimizer)
 
         progress.step += 1
@@ -166,6 +207,10 @@ class Trainer:
             self._signal = self._signal or ending
         else:
             self._other_ending = self._other_ending or ending
+
+    def observe(self, valid_nll: float) -> None:
+        """Tell the schedule of the learning rate how valid.txt was scored, nats per token."""
+        self.schedule.observe(valid_nll, self.progress.step)
 
     def train_seconds(self) -> float:
         """Time spent in steps since the first start, without what happened in `paused`."""
@@ -187,7 +232,7 @@ class Trainer:
         self.progress.train_seconds, self._clock_start = self.train_seconds(), None
 
     def checkpoint(self, *, training: bool) -> Checkpoint:
-        """Return the run as it is now, with or without what continuing needs.
+        """Return the run as it is now, with or without what continuing needs. All processes must call it together.
 
         Raises:
             ValidationError: the loss or the gradients of one of the last steps are not finite, or the weights after it.
@@ -204,8 +249,9 @@ class Trainer:
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.precision.state_dict(),
-                "rng": self._rng_state(),
-                "memory": [{"states": memory.states, "length_B": memory.length_B} for memory in self.memories],
+                "schedule": self.schedule.state_dict(),
+                "rng": self._rng_states(),
+                "memory": self._whole_memory()._asdict(),
                 "train_ids_crc32": self._train_ids_crc32,
             }
         return Checkpoint(
@@ -232,28 +278,41 @@ class Trainer:
             raise UsageError("This checkpoint is for use only and holds no training state.", remedy=f"Continue from {LAST_NAME} instead.")
         if checkpoint.vocabulary.sha256 != self.vocabulary.sha256 or state.get("train_ids_crc32") != self._train_ids_crc32:
             raise UsageError("The text is not the one this checkpoint was trained on.", remedy="Give the same `--data`, or train anew.")
-        if checkpoint.model_config != self.model.config or len(state.get("memory", [])) != len(self.memories):
-            raise UsageError(
-                "The model or the parts of its batch are not those of this checkpoint.", remedy="Leave such settings out, or train anew."
-            )
+        if checkpoint.model_config != self.model.config:
+            raise UsageError("The model is not that of this checkpoint.", remedy="Leave such settings out, or train anew.")
         self.model.load_parameters(checkpoint.model)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             for group in self.optimizer.param_groups:  # loading brought the checkpoint's; `lr` is set before each step
-                group["weight_decay"] = self.config.optim.weight_decay
+                group.update({key: value for key, value in self.optimizer.defaults.items() if key in ("weight_decay", "momentum")})
             self.precision.load_state_dict(state["scaler"])
+            self.schedule.load_state_dict(state.get("schedule", {}))
             self.progress = Progress(**checkpoint.progress)
-            self.memories = [
-                Memory([tensor.to(self.device) for tensor in memory["states"]], memory["length_B"].to(self.device))
-                for memory in state["memory"]
-            ]
+            self.segments = self.order.epoch(self.progress.epoch)
+            self.memories = self.engine.split(self._own_memory(state["memory"]))
             self._restore_rng(state["rng"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"The checkpoint's training state is not understood: {error}.", remedy="Train anew.") from error
 
     def _cold_memories(self) -> list[Memory]:
-        train = self.config.train
-        return [self.model.initial_memory(train.batch_size // train.batch_chunk) for _ in range(train.batch_chunk)]
+        return self.engine.split(self.model.initial_memory(self.engine.n_streams))
+
+    def _whole_memory(self) -> Memory:
+        """The memory of all streams of all processes, in order, on the CPU."""
+        parts = zip(*(memory.states for memory in self.memories))
+        own = [torch.cat([state.cpu() for state in states]) for states in parts]
+        length_B = torch.cat([memory.length_B.cpu() for memory in self.memories])
+        return Memory([torch.cat(self.world.gather(state)) for state in own], torch.cat(self.world.gather(length_B)))
+
+    def _own_memory(self, saved: Any) -> Memory:
+        """This process' streams of a saved memory of all."""
+        if isinstance(saved, list):  # as version 0.2 wrote it: one memory for each part of the batch
+            states = [torch.cat(parts) for parts in zip(*(memory["states"] for memory in saved))]
+            saved = {"states": states, "length_B": torch.cat([memory["length_B"] for memory in saved])}
+        if len(saved["length_B"]) != self.config.train.batch_size:
+            raise ValueError(f"its memory is of {len(saved['length_B'])} streams, not of {self.config.train.batch_size}")
+        streams = self.world.share(self.config.train.batch_size)
+        return Memory([state[streams] for state in saved["states"]], saved["length_B"][streams])
 
     def _forget_unused_clusters(self, segment: Segment) -> None:
         """Drop the gradients, all 0, of tail clusters that no token of the batch belongs to, so that the optimizer leaves them alone.
@@ -263,13 +322,18 @@ class Trainer:
         config, model = self.model.config, self.model
         if config.n_cluster == 0 or config.div_val == 1:  # one table for all words
             return
+        counts = [
+            np.bincount(np.searchsorted(config.cutoffs, ids_BT, side="right").ravel(), minlength=config.n_cluster + 1)
+            for ids_BT in (segment.input_ids_BT, segment.target_ids_BT)
+        ]
+        total = np.array(self.world.sum(np.concatenate(counts).astype(float).tolist())).reshape(2, -1)
         used: set[int] = set()
-        for ids_BT, lists in (
-            (segment.input_ids_BT, (model.embedding.weights, model.embedding.projections)),
-            (segment.target_ids_BT, (model.head.weights, model.head.biases, model.head.projections)),
+        for count_of, lists in (
+            (total[0], (model.embedding.weights, model.embedding.projections)),
+            (total[1], (model.head.weights, model.head.biases, model.head.projections)),
         ):
-            for cluster in np.unique(np.searchsorted(config.cutoffs, ids_BT, side="right")):
-                used |= {id(parameters[cluster]) for parameters in lists}
+            for cluster in np.flatnonzero(count_of):
+                used |= {id(parameters[int(cluster)]) for parameters in lists}
         for parameters in (
             model.embedding.weights,
             model.embedding.projections,
@@ -280,9 +344,6 @@ class Trainer:
             for parameter in parameters:
                 if id(parameter) not in used:
                     parameter.grad = None
-
-    def _parts(self, array_BT: npt.NDArray[Any]) -> tuple[Tensor, ...]:
-        return torch.from_numpy(np.ascontiguousarray(array_BT)).to(self.device, non_blocking=True).chunk(self.config.train.batch_chunk)
 
     def _check_finite(self) -> None:
         reports, self._unchecked = self._unchecked, []
@@ -295,13 +356,20 @@ class Trainer:
                     remedy=_CONTINUE_SLOWER,
                 )
 
-    def _rng_state(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
+    def _rng_states(self) -> list[dict[str, Tensor]]:
+        """Of each process."""
+        own = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        of_each = {name: self.world.gather(state) for name, state in own.items()}
+        return [{name: states[rank] for name, states in of_each.items()} for rank in range(self.world.size)]
 
-    def _restore_rng(self, state: Mapping[str, Tensor]) -> None:
+    def _restore_rng(self, saved: Any) -> None:
+        states: list[Mapping[str, Tensor]] = saved if isinstance(saved, list) else [saved]  # version 0.2 wrote that of its one process
+        if len(states) != self.world.size:  # no state continues exactly: each process gets random numbers of its own
+            torch.manual_seed(self.config.train.seed + self.progress.step * self.world.size + self.world.rank)
+            return
+        state = states[self.world.rank]
         torch.set_rng_state(state["cpu"])
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)

@@ -159,7 +159,8 @@ def test_a_dry_run_prints_a_table_and_touches_nothing(capsys: pytest.CaptureFixt
         (["--fp16", "--bf16"], "`--fp16` and `--bf16` contradict each other"),
         (["--fp16", "--dtype", "fp32"], "`--dtype` and `--fp16` contradict each other"),
         (["--cuda", "--device", "cpu"], "`--device` and `--cuda` contradict each other"),
-        (["--restart", "--resume"], "Give either"),
+        (["--restart", "--resume"], "Give only one of"),
+        (["--auto-resume", "--resume"], "Give only one of"),
         (["--restart", "missing.pt"], "There is no checkpoint missing.pt"),
         (["--lr", "0.0001"], "the cosine would climb"),
         (["surplus"], "surplus"),
@@ -178,10 +179,34 @@ def test_restart_in_an_empty_folder_is_told(capsys: pytest.CaptureFixture[str], 
     assert "There is nothing to continue in" in error_of(capsys, 2, "--work-dir", str(tmp_path), "--restart")
 
 
-def test_fp16_without_a_gpu_exits_with_3(capsys: pytest.CaptureFixture[str], text_folder: Path, tmp_path: Path) -> None:
-    told = error_of(capsys, 3, *SMALL, "--data", str(text_folder), "--work-dir", str(tmp_path / "W"), "--fp16", "--device", "cpu")
+def test_a_gpu_that_is_not_there_exits_with_3(
+    capsys: pytest.CaptureFixture[str], text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    told = error_of(capsys, 3, *SMALL, "--data", str(text_folder), "--work-dir", str(tmp_path / "W"), "--fp16", "--cuda")
 
-    assert "--dtype bf16" in told
+    assert "--device cpu" in told
+
+
+def test_a_missed_target_exits_with_1_after_the_result(capsys: pytest.CaptureFixture[str], text_folder: Path, tmp_path: Path) -> None:
+    assert (
+        main(["train", *SMALL, "--data", str(text_folder), "--work-dir", str(tmp_path / "W"), "--target_perplexity", "1.5", "--json"]) == 1
+    )
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["best"]["perplexity"] > 1.5
+    assert "A target was missed: validation perplexity achieved" in captured.err
+
+
+def test_auto_resume_begins_where_there_is_nothing_and_continues_where_there_is(
+    capsys: pytest.CaptureFixture[str], text_folder: Path, tmp_path: Path
+) -> None:
+    command = ["train", *SMALL, "--data", str(text_folder), "--work-dir", str(tmp_path / "W"), "--auto-resume", "--json"]
+    steps = []
+    for more in ([], ["--max-step", "20"]):
+        assert main([*command, *more]) == 0
+        steps.append(json.loads(capsys.readouterr().out)["steps"])
+    assert steps[1] == 20 > steps[0]
+    assert "Continuing after step" in (tmp_path / "W" / "train_log.log").read_text(encoding="utf-8")
 
 
 def test_a_damaged_checkpoint_exits_with_4(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -300,7 +325,7 @@ def test_a_checkpoint_is_continued_in_its_own_folder_or_in_a_new_one(
 def test_a_divergent_run_exits_with_1(
     capsys: pytest.CaptureFixture[str], text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("txl_train.trainer.learning_rate", lambda optim, step, max_step: float("nan"))
+    monkeypatch.setattr("txl_train.optim.schedules.Schedule.learning_rate", lambda schedule, step: float("nan"))
 
     told = error_of(capsys, 1, *SMALL, "--data", str(text_folder), "--work-dir", str(tmp_path / "W"), "-q")
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from txl_train import callbacks as events
 from txl_train import run as runs
 from txl_train.callbacks import StepReport
 from txl_train.checkpoint import load_checkpoint, load_model, save_checkpoint
-from txl_train.config import ModelConfig, TrainConfig
+from txl_train.config import ModelConfig, RunConfig, TrainConfig
 from txl_train.data.corpus import load_corpus
 from txl_train.data.datasets import get_dataset
 from txl_train.data.segments import SegmentIterator
 from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError, UsageError, ValidationError
 from txl_train.evaluate import EvalResult
+from txl_train.optim.schedules import Schedule
 from txl_train.run import complete_model_config, evaluation_config, train
 from txl_train.settings import Resolved, resolve
 from txl_train.trainer import Trainer
@@ -131,7 +133,7 @@ def test_a_best_score_at_the_last_step_is_in_both_checkpoints(settings: dict[str
 def test_an_evaluation_after_a_spoiled_step_keeps_the_last_good_checkpoint(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("txl_train.trainer.learning_rate", lambda optim, step, max_step: math.nan if step == 3 else 0.01)
+    monkeypatch.setattr(Schedule, "learning_rate", lambda schedule, step: math.nan if step == 3 else 0.01)
 
     with pytest.raises(ValidationError, match="Training diverged: after step 3"):
         train(resolved_from(settings, eval_interval=1))
@@ -168,7 +170,7 @@ def test_a_run_stopped_and_continued_equals_one_at_once(settings: dict[str, Any]
     assert once.progress == continued.progress
     assert once.training is not None
     assert continued.training is not None
-    assert torch.equal(once.training["rng"]["cpu"], continued.training["rng"]["cpu"])
+    assert torch.equal(once.training["rng"][0]["cpu"], continued.training["rng"][0]["cpu"])
     log = (tmp_path / "W" / "train_log.log").read_text(encoding="utf-8")
     assert log.index("Stopped at step 7") < log.index("Continuing after step 7 of 12") < log.index("End of training")
 
@@ -382,7 +384,9 @@ def test_evaluation_reaches_as_far_as_training() -> None:
         ({"adaptive": True, "cutoffs": "2,3000"}, ConfigError, "below the vocabulary's size"),
         ({"batch_size": 1000}, DataError, "--batch-size"),
         ({"eval_batch_size": 150}, DataError, "--eval-batch-size 100"),
-        ({"dtype": "fp16", "device": "cpu"}, EnvironmentUnfitError, "fp16 needs a GPU"),
+        ({"sample_softmax": 2, "adaptive": True, "cutoffs": "2,4"}, ConfigError, "cannot be combined"),
+        ({"multi_gpu": "ddp", "gpu0_bsz": 2}, UsageError, "the first GPU in `--multi-gpu dp`"),
+        ({"init_from": "/no/such.pt"}, UsageError, "no checkpoint /no/such.pt"),
         ({"work_dir": "/dev/null/x"}, EnvironmentUnfitError, "cannot be made"),
         ({"work_dir": "/dev/null"}, UsageError, "is a file"),
     ],
@@ -397,7 +401,7 @@ def test_impossible_requests_end_with_one_clear_error(
 def test_small_vocabularies_get_a_plain_softmax_instead_of_an_adaptive_one(settings: dict[str, Any], tmp_path: Path) -> None:
     corpus = load_corpus(Path(settings["data"]), get_dataset("text"), cache_dir=tmp_path)
 
-    completed = complete_model_config(resolved_from(settings, adaptive=True).config.model, corpus)
+    completed = complete_model_config(resolved_from(settings, adaptive=True).config, corpus)
 
     assert (completed.adaptive, completed.cutoffs, completed.vocab_size) == (False, (), 7)
 
@@ -413,11 +417,162 @@ def test_the_built_in_corpus_is_written_into_the_work_folder(settings: dict[str,
 
 def test_cutoffs_are_left_unused_without_the_adaptive_softmax(text_folder: Path) -> None:
     corpus = load_corpus(text_folder, get_dataset("text"), cache_dir=text_folder / "cache")
-    config = complete_model_config(ModelConfig(cutoffs=(2, 3)), corpus)
+    config = complete_model_config(RunConfig(model=ModelConfig(cutoffs=(2, 3))), corpus)
     assert (config.adaptive, config.cutoffs) == (False, ())
 
 
 def test_cutoffs_beyond_a_small_vocabulary_name_the_option_that_helps(text_folder: Path) -> None:
     corpus = load_corpus(text_folder, get_dataset("text"), cache_dir=text_folder / "cache")
     with pytest.raises(ConfigError, match="--no-adaptive"):
-        complete_model_config(ModelConfig(adaptive=True, cutoffs=(500, 1000)), corpus)
+        complete_model_config(RunConfig(model=ModelConfig(adaptive=True, cutoffs=(500, 1000))), corpus)
+
+
+def test_learned_positions_are_as_many_as_training_sees(settings: dict[str, Any], tmp_path: Path) -> None:
+    corpus = load_corpus(Path(settings["data"]), get_dataset("text"), cache_dir=tmp_path)
+    rows = [
+        complete_model_config(resolved_from(settings, ext_len=2, attn_type=kind).config, corpus).position_rows for kind in ("0", "1", "3")
+    ]
+    assert rows == [0, 13, 13]  # tgt_len 5, ext_len 2, mem_len 6
+
+
+def test_the_compatible_modes_set_their_rule_of_same_length(settings: dict[str, Any], tmp_path: Path) -> None:
+    corpus = load_corpus(Path(settings["data"]), get_dataset("text"), cache_dir=tmp_path)
+    rules = [
+        complete_model_config(resolved_from(settings, compat=compat).config, corpus).same_length_rule
+        for compat in ("nvidia-2019", "nvidia-2023")
+    ]
+    assert rules == ["mem_len", "mem_len+1"]
+
+
+# Files
+
+
+def test_a_debugged_run_writes_no_work_folder(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = train(resolved_from(settings, debug=True))
+
+    assert not (tmp_path / "W").exists()
+    assert result.work_dir is None
+    assert result.to_dict()["checkpoint_last"] is None
+    assert result.test is not None
+    assert {path.name for path in tmp_path.iterdir()} == {"text"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"), [({}, []), ({"save_all": True}, [2, 4, 6, 7]), ({"keep_last": 2}, [6, 7])], ids=["none", "all", "the newest two"]
+)
+def test_checkpoints_of_evaluations_are_kept_as_asked(
+    settings: dict[str, Any], tmp_path: Path, changes: dict[str, Any], kept: list[int]
+) -> None:
+    train(resolved_from(settings, max_step=7, eval_interval=2, **changes))
+
+    found = {path.name for path in (tmp_path / "W").glob("checkpoint_[0-9]*.pt")}
+    assert found == {f"checkpoint_{step}.pt" for step in kept}
+    assert [load_checkpoint(tmp_path / "W" / f"checkpoint_{step}.pt").progress["step"] for step in kept] == kept
+
+
+def test_the_name_of_the_work_folder_may_tell_data_set_and_time(settings: dict[str, Any], tmp_path: Path) -> None:
+    result = train(resolved_from(settings, append_dataset=True, append_time=True, max_step=1))
+
+    assert result.work_dir is not None
+    assert result.work_dir.parent == tmp_path / "W-text"
+    assert re.fullmatch(r"[0-9]{8}-[0-9]{6}", result.work_dir.name)
+    assert (result.work_dir / "checkpoint_last.pt").exists()
+
+
+def test_training_may_begin_with_the_weights_of_a_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
+    train(resolved_from(settings))
+    begun = train(resolved_from(settings, work_dir=str(tmp_path / "V"), init_from=str(tmp_path / "W" / "checkpoint_last.pt"), max_step=1))
+    fresh = train(resolved_from(settings, work_dir=str(tmp_path / "U"), max_step=1))
+
+    assert begun.valid is not None
+    assert fresh.valid is not None
+    assert begun.progress.step == 1
+    assert begun.valid.nll_nats_per_token < fresh.valid.nll_nats_per_token
+
+
+def test_weights_of_another_model_or_vocabulary_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    train(resolved_from(settings, max_step=1))
+    start = {"init_from": str(tmp_path / "W" / "checkpoint_last.pt"), "work_dir": str(tmp_path / "V"), "max_step": 1}
+
+    with pytest.raises(UsageError, match="of another model"):
+        train(resolved_from(settings, **start, n_layer=2))
+    other = tmp_path / "other"
+    other.mkdir()
+    for split in ("train", "valid", "test"):
+        (other / f"{split}.txt").write_text("x y z " * 60, encoding="utf-8")
+    with pytest.raises(UsageError, match="another vocabulary"):
+        train(resolved_from(settings, **start, data=str(other)))
+
+
+def test_tensorboard_files_lie_in_the_work_folder(settings: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    train(resolved_from(settings, tensorboard=True, max_step=2))
+    assert list((tmp_path / "W" / "tensorboard").glob("events.*"))
+
+
+# Targets
+
+
+@pytest.mark.parametrize(
+    ("target", "missed"),
+    [
+        ({"target_perplexity": 1e6, "target_throughput": 1e-3}, None),
+        ({"target_perplexity": 1.01}, r"validation perplexity achieved: \d+\.\d\d, target: 1\.01"),
+        ({"target_throughput": 1e12}, r"throughput achieved: \d+\.\d\d tok/s, target: 1000000000000\.00"),
+    ],
+)
+def test_a_missed_target_is_told_with_what_was_reached(settings: dict[str, Any], target: dict[str, float], missed: str | None) -> None:
+    resolved = resolved_from(settings, max_step=2, **target)
+    result = train(resolved)
+    if missed is None:
+        result.check_targets(resolved.config.train)
+    else:
+        with pytest.raises(ValidationError, match=missed):
+            result.check_targets(resolved.config.train)
+
+
+def test_a_target_that_nothing_was_measured_for_is_missed(settings: dict[str, Any]) -> None:
+    resolved = resolved_from(settings, max_step=2, target_perplexity=5.0)
+    result = train(resolved)
+    result.progress.best_valid_nll = None
+    with pytest.raises(ValidationError, match="none, as there was no evaluation"):
+        result.check_targets(resolved.config.train)
+
+
+# The learning rate that follows validation
+
+
+def test_dev_perf_lowers_the_rate_and_a_continued_run_knows_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    # at such a rate the validation loss does not improve for long
+    unsteady = {"scheduler": "dev_perf", "lr": 0.5, "lr_warmup_steps": 0, "eval_interval": 1, "log_interval": 1, "optim": "adam"}
+    train(resolved_from(settings, **unsteady))
+    rates = [record["lr"] for record in read_metrics(tmp_path / "W") if record["kind"] == "train"]
+    assert rates[0] == 0.5
+    assert rates[-1] < 0.5
+    assert {round(math.log2(0.5 / rate), 6) % 1 for rate in rates} == {0.0}
+
+    half = resolved_from(settings, **unsteady, work_dir=str(tmp_path / "half"), max_step=6)
+    train(half)
+    checkpoint = load_checkpoint(tmp_path / "half" / "checkpoint_last.pt")
+    train(resolve(environment={}, stored=checkpoint.settings, overrides=[("max_step", 12)]), continue_from=checkpoint)
+    assert [record["lr"] for record in read_metrics(tmp_path / "half") if record["kind"] == "train"] == rates
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any, on_step: Callable[[int], None] | None = None, **named: Any) -> EvalResult:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert on_step is not None
+        on_step(1)
+        raise AssertionError("the evaluation should have been cut short")
+
+    monkeypatch.setattr(runs, "evaluate", interrupt)
+    stopped = train(resolved_from(settings))
+    monkeypatch.undo()
+    assert (stopped.ending, stopped.progress.step) == ("sigterm", 5)
+    checkpoint = load_checkpoint(tmp_path / "W" / "checkpoint_last.pt")
+    train(resolve(environment={}, stored=checkpoint.settings), continue_from=checkpoint)
+
+    assert [record["step"] for record in read_metrics(tmp_path / "W") if record["kind"] == "valid"] == [5, 10, 12]

@@ -78,7 +78,8 @@ def _setting_option(name: str, default: object, sentence: str) -> Callable[[F], 
     names = [f"--{dashed}", *_SPELLINGS.get(name, ())]
     choices = DATASETS if name == "data.dataset" else typing.get_args(kind) if typing.get_origin(kind) is Literal else None
     if choices:
-        return click.option(*names, _argument(name), type=click.Choice([*choices, *VALUE_ALIASES.get(name, ())]), help=help_text)
+        none = ["none"] if settings.allows_none(name) else []
+        return click.option(*names, _argument(name), type=click.Choice([*choices, *VALUE_ALIASES.get(name, ()), *none]), help=help_text)
     metavar = f"{_METAVARS[typing.get_args(kind)[0]]},..." if typing.get_origin(kind) is tuple else _METAVARS[kind]
     metavar = {"data.data": "DIR", "train.work_dir": "DIR"}.get(name, metavar)
     return click.option(*names, _argument(name), metavar=metavar, help=help_text)
@@ -101,8 +102,10 @@ def _setting_option(name: str, default: object, sentence: str) -> Callable[[F], 
     help="Continue exactly where a checkpoint left off.  [default file: checkpoint_last.pt in --work-dir]",
 )
 @click.option("--resume", is_flag=True, help="The same as --restart without a file.")
+@click.option("--auto-resume", is_flag=True, help="The same as --resume if the work folder holds a run to continue; otherwise begin.")
 @click.option("--overwrite", is_flag=True, help="Begin anew in a work folder that holds a trained model, which is deleted.")
 @click.option("--dry-run", is_flag=True, help="Print the settings with the origin of each, and stop.")
+@click.option("--local-rank", type=int, hidden=True, expose_value=False, help="What older launchers pass; torchrun's environment says it.")
 @json_option
 @verbosity_options
 @setting_options
@@ -114,6 +117,7 @@ def command(
     assignments: tuple[str, ...],
     restart: str | None,
     resume: bool,
+    auto_resume: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -127,15 +131,17 @@ def command(
     Ctrl-C or SIGTERM finishes the step and saves; `--resume` then continues to the same result, on a CPU to the last bit.
     """
     overrides = _overrides(options)
-    if resume and restart is not None:
-        raise UsageError("Give either `--restart` or `--resume`.")
+    if (restart is not None) + resume + auto_resume > 1:
+        raise UsageError("Give only one of `--restart`, `--resume` and `--auto-resume`.")
     restart = _LAST_OF_WORK_DIR if resume else restart
     checkpoint: Checkpoint | None = None
     in_place = False
     stored: dict[str, dict[str, Any]] | None = None
+    work_dir = Path(settings.look_up("train.work_dir", config, overrides=overrides, assignments=assignments))
+    if auto_resume and _holds_a_run(work_dir):
+        restart = _LAST_OF_WORK_DIR
     if restart is not None:
-        work_dir = settings.look_up("train.work_dir", config, overrides=overrides, assignments=assignments)
-        path = _checkpoint_path(restart, Path(work_dir))
+        path = _checkpoint_path(restart, work_dir)
         checkpoint, stored = _load(path)
     resolved = settings.resolve(config, stored=stored, overrides=overrides, assignments=assignments)
     if restart is not None:
@@ -151,15 +157,21 @@ def command(
             click.echo(resolved.table())
         return
 
+    from txl_train.distributed import world_of
     from txl_train.run import train
 
-    result = train(resolved, continue_from=checkpoint, in_place=in_place, overwrite=overwrite)
-    if as_json:
-        echo_json(result.to_dict())
-    else:
-        click.echo(_summary(result))
+    world = world_of()
+    if not world.is_main and not resolved.config.train.log_all_ranks:
+        logging.getLogger("txl_train").setLevel(logging.WARNING)
+    result = train(resolved, continue_from=checkpoint, in_place=in_place, overwrite=overwrite, world=world)
+    if world.is_main:
+        if as_json:
+            echo_json(result.to_dict())
+        else:
+            click.echo(_summary(result))
     if result.ending == "sigint":
         context.exit(130)
+    result.check_targets(resolved.config.train)
 
 
 def _overrides(options: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -179,6 +191,12 @@ def _overrides(options: dict[str, Any]) -> list[tuple[str, Any]]:
         overrides[name] = value
         by_flag[name] = flag
     return list(overrides.items())
+
+
+def _holds_a_run(work_dir: Path) -> bool:
+    from txl_train.callbacks import LAST_NAME
+
+    return (work_dir / LAST_NAME).exists()
 
 
 def _checkpoint_path(restart: str, work_dir: Path) -> Path:
@@ -203,7 +221,7 @@ def _load(path: Path) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
     stored = {section: dict(values) for section, values in checkpoint.settings.items()}
     if not stored:
         raise UsageError(f"{path} does not say how it was trained, so training cannot be continued.", remedy="Train anew.")
-    stored["train"]["work_dir"] = str(path.parent)
+    stored["train"] |= {"work_dir": str(path.parent), "append_dataset": False, "append_time": False}
     if stored["data"]["data"] is not None:
         stored["data"]["data"] = checkpoint.data_folder
     return checkpoint, stored
@@ -211,7 +229,7 @@ def _load(path: Path) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
 
 def _summary(result: TrainResult) -> str:
     verb = "Stopped" if result.ending in ("sigint", "sigterm") else "Finished"
-    lines = [f"{verb} after {result.progress.step:,} steps ({result.ending}) in {result.work_dir}"]
+    lines = [f"{verb} after {result.progress.step:,} steps ({result.ending})" + (f" in {result.work_dir}" if result.work_dir else "")]
     for split, figures in (("valid", result.valid), ("test", result.test)):
         if figures is not None:
             lines.append(f"{split:<6}{_score(figures, result.char)}")
