@@ -17,6 +17,8 @@ from txl_train.model.transformer_xl import TransformerXL
 
 SMALL = {"vocab_size": 23, "n_layer": 2, "n_head": 2, "d_head": 3, "d_model": 8, "d_inner": 10, "mem_len": 7}
 
+EVERYTHING = {"pre_lnorm": True, "clamp_len": 7, "same_length": True, "ext_len": 3}
+
 MODEL_CONFIGS: dict[str, dict[str, Any]] = {
     "plain softmax": {},
     "adaptive softmax": {"cutoffs": (5, 9, 16)},
@@ -35,8 +37,28 @@ MODEL_CONFIGS: dict[str, dict[str, Any]] = {
     "no memory": {"mem_len": 0},
     "memory shorter than a segment": {"mem_len": 3},
     "heads wider than the model": {"n_head": 3, "d_head": 5},
+    "read once more": {"ext_len": 3},
+    "more read once more than new": {"ext_len": 8},
+    "read once more without a memory": {"ext_len": 4, "mem_len": 0},
+    "read once more at the same length": {"ext_len": 2, "mem_len": 3, "same_length": True},
+    "fewer learned distances than keys": {"attn_type": "shaw", "position_rows": 6},
+    "more learned distances than keys": {"attn_type": "shaw", "position_rows": 40},
+    "learned distances with everything": {"attn_type": "shaw", "position_rows": 9, **EVERYTHING},
+    "sinusoidal positions": {"attn_type": "sinusoidal"},
+    "sinusoidal positions with everything": {"attn_type": "sinusoidal", **EVERYTHING},
+    "fewer learned positions than keys": {"attn_type": "learned", "position_rows": 6},
+    "more learned positions than keys": {"attn_type": "learned", "position_rows": 40},
+    "learned positions with everything": {"attn_type": "learned", "position_rows": 9, **EVERYTHING},
 }
-"""Everything that changes what a model computes, once each."""
+"""Everything that changes what a model computes, at least once each."""
+
+ATTENTION_KINDS: dict[str, dict[str, Any]] = {
+    "relative": {},
+    "shaw": {"attn_type": "shaw", "position_rows": 9},
+    "sinusoidal": {"attn_type": "sinusoidal"},
+    "learned": {"attn_type": "learned", "position_rows": 9},
+}
+"""A setting of each `attn_type`."""
 
 
 def small_config(**changes: Any) -> ModelConfig:
@@ -67,6 +89,15 @@ def random_ids(config: ModelConfig, batch_size: int, length: int, seed: int = 3)
     drawn = generator.integers(0, config.vocab_size, max(0, n_ids - len(every)))
     ids = generator.permutation(np.concatenate([every, drawn])[:n_ids])
     return ids.reshape(batch_size, length).astype(np.int64)
+
+
+def segment_of(config: ModelConfig, ids: np.ndarray, index: int, tgt_len: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return segment `index` of streams [B, N]: inputs [B, ext_len + T], targets [B, T], and how many of the inputs precede the streams."""
+    start = index * tgt_len
+    n_absent = max(0, config.ext_len - start)
+    before = np.full((len(ids), n_absent), (1 + index) % config.vocab_size)  # any token: it must not be seen
+    input_ids = np.concatenate([before, ids[:, start - config.ext_len + n_absent : start + tgt_len]], axis=1)
+    return input_ids, ids[:, start + 1 : start + tgt_len + 1].copy(), n_absent
 
 
 def words(count: int) -> list[str]:

@@ -34,8 +34,9 @@ class Signature:
 def step_signature(config: ModelConfig, *, tgt_len: int, memory: MemoryKind, dtype: str = "float32") -> Signature:
     """Return the signature of `InferenceStep` with its lists laid out flat.
 
-    Inputs: `input_ids`, `target_ids`, one `target_rows.{i}` per tail cluster (flat positions b*T + t of the targets in it, padded
-    with B*T or empty), `memory_length`, the states. Outputs: `nll`, `new_memory_length`, the new states.
+    Inputs: `input_ids` (with `ext_len` tokens before the segment), `target_ids`, one `target_rows.{i}` per tail cluster (flat positions
+    b*T + t of the targets in it, padded with B*T or empty), `memory_length`, the states. Outputs: `nll`, `new_memory_length`, the new
+    states.
     """
     tokens = (BATCH, tgt_len)
     rows = [TensorSpec(f"target_rows.{i}", "int64", (f"target_rows_{i}",)) for i in range(1, config.n_cluster + 1)]
@@ -43,7 +44,7 @@ def step_signature(config: ModelConfig, *, tgt_len: int, memory: MemoryKind, dty
     old, new = state_names(config, memory)
     return Signature(
         inputs=(
-            TensorSpec("input_ids", "int64", tokens),
+            TensorSpec("input_ids", "int64", (BATCH, config.ext_len + tgt_len)),
             TensorSpec("target_ids", "int64", tokens),
             *rows,
             TensorSpec("memory_length", "int64", (BATCH,)),

@@ -1,14 +1,16 @@
 """Transformer-XL as the paper writes it: one number at a time, in float64, with NumPy. The oracle of the numerical tests.
 
 Source: Dai et al. 2019, "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context", section 3.3 (arXiv 1901.02860);
-adaptive embedding and softmax: Grave et al. 2017 and Baevski & Auli 2019. What the papers leave open follows NVIDIA's code.
+adaptive embedding and softmax: Grave et al. 2017 and Baevski & Auli 2019. What the papers leave open follows NVIDIA's code. So do the
+other kinds of positions: Shaw et al. 2018 (a vector and a bias per distance), Vaswani et al. 2017 (sinusoids added to the embeddings) and
+Al-Rfou et al. 2018 (learned vectors added to the input of each layer); but memories are kept without positions and get them at use.
 
 Slow on purpose. Each score is computed for one query, one key and one head from the paper's four terms, at their distance; the paper's
 Appendix B (the shift that saves time) is not used. Streams are computed one after the other; their memories begin empty and may differ
 in length. Every nll is read from a whole distribution. Knows the settings and the names of the parameters, nothing of the model it judges.
 
-Shape suffixes: B batch, T tokens of the segment, M positions in the memory (0 at a cold start), K = M + T keys, H heads, E d_head,
-D d_model, V vocabulary, N all positions of one stream.
+Shape suffixes: B batch, T tokens of the segment, Q tokens of the input (the segment and what is read once more before it), M positions in
+the memory (0 at a cold start), K = M + Q keys, H heads, E d_head, D d_model, V vocabulary, N all positions of one stream.
 """
 
 from __future__ import annotations
@@ -34,22 +36,34 @@ Memory: TypeAlias = list[list[Floats]]
 LAYER_NORM_EPS = 1e-5
 
 
-def naive_forward(config: ModelConfig, parameters: Parameters, input_ids_BT: Ids, memory: Memory | None = None) -> tuple[Floats, Memory]:
-    """Return what enters the softmax, [B, T, D], and the memory after the segment. No memory means a cold start."""
+def naive_forward(
+    config: ModelConfig, parameters: Parameters, input_ids_BQ: Ids, memory: Memory | None = None, tgt_len: int | None = None
+) -> tuple[Floats, Memory]:
+    """Return what enters the softmax, [B, T, D], and the memory after the segment. No memory means a cold start.
+
+    The segment is the last `tgt_len` tokens of the input (default: all of it); those before it are read once more, at most
+    `ext_len`, fewer where the stream has begun just before.
+    """
     weights = _as_float64(parameters)
-    B, T = input_ids_BT.shape
+    B, Q = input_ids_BQ.shape
+    T = Q if tgt_len is None else tgt_len
     if memory is None:
         memory = empty_memory(config, B)
     hidden_BTD = np.zeros((B, T, config.d_model))
     new_memory: Memory = [[] for _ in range(config.n_layer)]
     for b in range(B):
-        x_TD = np.array([_embed(config, weights, int(token)) for token in input_ids_BT[b]])
+        x_QD = np.array([_embed(config, weights, int(token)) for token in input_ids_BQ[b]])
         for layer in range(config.n_layer):
-            seen_KD = np.concatenate([memory[layer][b], x_TD])
-            new_memory[layer].append(seen_KD[max(0, len(seen_KD) - config.mem_len) :].copy())
-            x_TD = _layer(config, weights, layer, x_TD, memory[layer][b])
-        hidden_BTD[b] = x_TD
+            new_memory[layer].append(_remembered(config, memory[layer][b], x_QD))
+            x_QD = _layer(config, weights, layer, x_QD, memory[layer][b])
+        hidden_BTD[b] = x_QD[Q - T :]
     return hidden_BTD, new_memory
+
+
+def _remembered(config: ModelConfig, past_MD: Floats, x_QD: Floats) -> Floats:
+    """Return the memory after the input: it ends where the next input begins, `ext_len` tokens before this one's end."""
+    end = len(past_MD) + max(0, len(x_QD) - config.ext_len)
+    return np.concatenate([past_MD, x_QD])[max(0, end - config.mem_len) : end]
 
 
 def naive_nll(config: ModelConfig, parameters: Parameters, hidden_BTD: Floats, target_ids_BT: Ids) -> Floats:
@@ -97,6 +111,8 @@ def empty_memory(config: ModelConfig, batch_size: int) -> Memory:
 
 def _layer(config: ModelConfig, weights: Weights, layer: int, x_TD: Floats, past_MD: Floats) -> Floats:
     prefix = f"layers.{layer}"
+    past_MD = _at_positions(config, weights, layer, past_MD, from_end=len(past_MD) + len(x_TD) - 1)
+    x_TD = _at_positions(config, weights, layer, x_TD, from_end=len(x_TD) - 1)
     if config.pre_lnorm:  # the keys' inputs are normalised too; the memory itself is kept as it was
         keys_MD = _layer_norm(weights, f"{prefix}.attention_norm", past_MD)
         x_TD = x_TD + attend(config, weights, layer, _layer_norm(weights, f"{prefix}.attention_norm", x_TD), keys_MD)
@@ -105,40 +121,74 @@ def _layer(config: ModelConfig, weights: Weights, layer: int, x_TD: Floats, past
     return _layer_norm(weights, f"{prefix}.feed_forward_norm", x_TD + _feed_forward(weights, prefix, x_TD))
 
 
+def _at_positions(config: ModelConfig, weights: Weights, layer: int, x_ND: Floats, from_end: int) -> Floats:
+    """Add what the layer adds to its inputs for their places; the first is `from_end` tokens before the last token of all."""
+    placed_ND = x_ND.copy()
+    for n in range(len(x_ND)):
+        if config.attn_type == "sinusoidal" and layer == 0:
+            placed_ND[n] += encode_distance(config, from_end - n)
+        if config.attn_type == "learned":
+            placed_ND[n] += weights[f"layers.{layer}.attention.position_embedding"][learned_row(config, from_end - n)]
+    return placed_ND
+
+
 def attend(config: ModelConfig, weights: Weights, layer: int, x_TD: Floats, past_MD: Floats) -> Floats:
-    """Relative attention of one stream's tokens over its memory and itself: the paper's formula for A^rel, term by term."""
+    """Attention of one stream's tokens over its memory and itself, score by score."""
     H, E = config.n_head, config.d_head
     T, M = len(x_TD), len(past_MD)
     all_ND = np.concatenate([past_MD, x_TD])
     query_weight, key_weight, value_weight = np.split(weights[f"layers.{layer}.attention.qkv.weight"], 3)
-    position_weight = weights[f"layers.{layer}.attention.position.weight"]
-    biases = f"layers.{layer}.attention." if config.untie_biases else ""
-    u_HE, v_HE = weights[f"{biases}content_bias"], weights[f"{biases}position_bias"]
-
     query_NHE = (all_ND @ query_weight.T).reshape(-1, H, E)
     key_NHE = (all_ND @ key_weight.T).reshape(-1, H, E)
     value_NHE = (all_ND @ value_weight.T).reshape(-1, H, E)
-    position_by_distance = [(position_weight @ encode_distance(config, distance)).reshape(H, E) for distance in range(M + T)]
+    key_by_distance = [_key_of_distance(config, weights, layer, distance) for distance in range(M + T)]
 
     attended_THE = np.zeros((T, H, E))
     for t in range(T):
         here = M + t
         distances = [distance for distance in range(here + 1) if is_visible(config, distance)]
         for h in range(H):
-            q = query_NHE[here, h]
             scores = np.zeros(len(distances))
             for n, distance in enumerate(distances):
-                k, r = key_NHE[here - distance, h], position_by_distance[distance][h]
-                a = q @ k  # content of the query with content of the key
-                b = q @ r  # content of the query with the distance
-                c = u_HE[h] @ k  # what every query asks of the key's content
-                d = v_HE[h] @ r  # what every query asks of the distance
-                scores[n] = (a + b + c + d) / math.sqrt(E)
+                q, k = query_NHE[here, h], key_NHE[here - distance, h]
+                scores[n] = _score(config, weights, layer, h, q, k, key_by_distance[distance][h], distance) / math.sqrt(E)
             attention = np.exp(_log_softmax(scores))
             for share, distance in zip(attention, distances, strict=True):
                 attended_THE[t, h] += share * value_NHE[here - distance, h]
     attended_TD: Floats = attended_THE.reshape(T, H * E) @ weights[f"layers.{layer}.attention.output.weight"].T
     return attended_TD
+
+
+def _key_of_distance(config: ModelConfig, weights: Weights, layer: int, distance: int) -> Floats:
+    """Return what a query's content is compared with for a distance, [H, E]."""
+    if config.attn_type == "relative":
+        r_HE: Floats = weights[f"layers.{layer}.attention.position.weight"] @ encode_distance(config, distance)
+        return r_HE.reshape(config.n_head, config.d_head)
+    if config.attn_type == "shaw":
+        return weights[f"layers.{layer}.attention.distance_keys"][learned_row(config, distance)]
+    return np.zeros((config.n_head, config.d_head))  # positions are in the inputs
+
+
+def _score(config: ModelConfig, weights: Weights, layer: int, h: int, q: Floats, k: Floats, r: Floats, distance: int) -> float:
+    """Return the score of a key in head `h` by the paper's formula for A^rel, term by term; other kinds leave terms out or learn them."""
+    prefix = f"layers.{layer}.attention"
+    a = q @ k  # content of the query with content of the key
+    b = q @ r  # content of the query with the distance
+    if config.attn_type in ("sinusoidal", "learned"):
+        return float(a)
+    owner = f"{prefix}." if config.untie_biases or config.attn_type == "shaw" else ""
+    c = weights[f"{owner}content_bias"][h] @ k  # what every query asks of the key's content
+    if config.attn_type == "shaw":
+        d = weights[f"{prefix}.distance_bias"][learned_row(config, distance), h]
+    else:
+        d = weights[f"{owner}position_bias"][h] @ r  # what every query asks of the distance
+    return float(a + b + c + d)
+
+
+def learned_row(config: ModelConfig, distance: int) -> int:
+    """Return the row of a learned table for a distance: the last is 0, and the farthest is all beyond. `clamp_len` uses so many rows."""
+    rows_in_use = config.position_rows if config.clamp_len is None else min(config.position_rows, config.clamp_len)
+    return config.position_rows - 1 - min(distance, rows_in_use - 1)
 
 
 def is_visible(config: ModelConfig, distance: int) -> bool:
@@ -240,12 +290,21 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if n_tail:
         shapes["head.cluster_weight"] = (n_tail, widths[0])
         shapes["head.cluster_bias"] = (n_tail,)
-    for owner in [f"layers.{layer}.attention." for layer in range(config.n_layer)] if config.untie_biases else [""]:
-        shapes[f"{owner}content_bias"] = shapes[f"{owner}position_bias"] = (config.n_head, config.d_head)
+    if config.attn_type == "relative":
+        for owner in [f"layers.{layer}.attention." for layer in range(config.n_layer)] if config.untie_biases else [""]:
+            shapes[f"{owner}content_bias"] = shapes[f"{owner}position_bias"] = (config.n_head, config.d_head)
     for layer in range(config.n_layer):
         prefix = f"layers.{layer}"
         shapes[f"{prefix}.attention.qkv.weight"] = (3 * HE, D)
-        shapes[f"{prefix}.attention.position.weight"] = (HE, D)
+        match config.attn_type:
+            case "relative":
+                shapes[f"{prefix}.attention.position.weight"] = (HE, D)
+            case "shaw":
+                shapes[f"{prefix}.attention.content_bias"] = (config.n_head, config.d_head)
+                shapes[f"{prefix}.attention.distance_keys"] = (config.position_rows, config.n_head, config.d_head)
+                shapes[f"{prefix}.attention.distance_bias"] = (config.position_rows, config.n_head)
+            case "learned":
+                shapes[f"{prefix}.attention.position_embedding"] = (config.position_rows, D)
         shapes[f"{prefix}.attention.output.weight"] = (D, HE)
         shapes[f"{prefix}.feed_forward.inner.weight"] = (config.d_inner, D)
         shapes[f"{prefix}.feed_forward.inner.bias"] = (config.d_inner,)

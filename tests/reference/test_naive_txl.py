@@ -21,6 +21,7 @@ from tests.reference.naive_txl import (
     attend,
     empty_memory,
     encode_distance,
+    learned_row,
     naive_forward,
     naive_log_probs,
     naive_nll,
@@ -59,6 +60,11 @@ BODIES = {
     "pre-norm": dataclasses.replace(TINY, pre_lnorm=True),
     "a bias pair per layer": dataclasses.replace(TINY, untie_biases=True),
     "clamped": dataclasses.replace(TINY, clamp_len=3),
+    "learned distances": dataclasses.replace(TINY, attn_type="shaw", position_rows=5),
+}
+ADDED_POSITIONS = {
+    "sinusoidal": dataclasses.replace(TINY, attn_type="sinusoidal"),
+    "learned": dataclasses.replace(TINY, attn_type="learned", position_rows=5),
 }
 
 # The files are float32. A hidden state of size 14 has an ulp of 1e-6 and collects a few of them over four layers.
@@ -170,6 +176,48 @@ def test_attention_of_two_tokens_is_what_the_four_terms_give_by_hand() -> None:
     assert_allclose(with_the_first_in_memory, [[mean, 10 * mean]], rtol=1e-14)
 
 
+def test_learned_distances_have_a_key_and_a_bias_and_the_query_s_bias_is_for_content_alone() -> None:
+    """The same two tokens; distance 0 has key 0.3 and bias 0.7, distance 1 key 0.4 and bias 0.9, and there is no other."""
+    config = ModelConfig(vocab_size=2, n_layer=1, n_head=1, d_head=4, d_model=2, d_inner=1, attn_type="shaw", position_rows=2)
+    zeros = [[0.0, 0.0]] * 3
+    weights = {
+        "layers.0.attention.qkv.weight": np.array([[1.0, 2.0], *zeros, [1.0, 2.0], *zeros, [3.0, 5.0], *zeros]),
+        "layers.0.attention.distance_keys": np.array([[[0.4, 0.0, 0.0, 0.0]], [[0.3, 0.0, 0.0, 0.0]]]),
+        "layers.0.attention.distance_bias": np.array([[0.9], [0.7]]),
+        "layers.0.attention.output.weight": np.array([[1.0, 0.0, 0.0, 0.0], [10.0, 0.0, 0.0, 0.0]]),
+        "layers.0.attention.content_bias": np.array([[0.5, 0.0, 0.0, 0.0]]),
+    }
+    to_itself = ((2 + 0.5) * 2 + 2 * 0.3 + 0.7) / 2
+    to_the_first = ((2 + 0.5) * 1 + 2 * 0.4 + 0.9) / 2
+    mean = (5 * math.exp(to_itself) + 3 * math.exp(to_the_first)) / (math.exp(to_itself) + math.exp(to_the_first))
+    assert_allclose(attend(config, weights, 0, np.eye(2), np.zeros((0, 2))), [[3.0, 30.0], [mean, 10 * mean]], rtol=1e-14)
+    assert_allclose(attend(config, weights, 0, np.eye(2)[1:], np.eye(2)[:1]), [[mean, 10 * mean]], rtol=1e-14)
+
+
+def test_the_last_row_of_a_learned_table_is_distance_0_and_clamp_len_leaves_so_many_rows() -> None:
+    config = ModelConfig(attn_type="learned", position_rows=4)
+    assert [learned_row(config, distance) for distance in range(6)] == [3, 2, 1, 0, 0, 0]
+    clamped = dataclasses.replace(config, clamp_len=2)
+    assert [learned_row(clamped, distance) for distance in range(6)] == [3, 2, 2, 2, 2, 2]
+    assert [learned_row(dataclasses.replace(config, clamp_len=9), distance) for distance in (3, 8)] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ADDED_POSITIONS)
+def test_positions_counted_from_the_end_are_added_once_or_in_every_layer(name: str) -> None:
+    config = dataclasses.replace(ADDED_POSITIONS[name], pre_lnorm=True)
+    parameters, ids = random_parameters(config), rng_ids(1, 3)
+    for parameter, values in parameters.items():
+        if ".attention.output." in parameter or ".outer." in parameter:
+            values[:] = 0.0
+    hidden_BTD, _ = naive_forward(config, parameters, ids)
+    embedded_TD = parameters["embedding.weights.0"][ids[0]] * math.sqrt(config.d_model)
+    if name == "sinusoidal":
+        added_TD = np.array([encode_distance(config, from_end) for from_end in (2, 1, 0)])
+    else:
+        added_TD = sum(parameters[f"layers.{layer}.attention.position_embedding"][2:] for layer in range(2))
+    assert_allclose(hidden_BTD[0], embedded_TD + added_TD, rtol=1e-12)
+
+
 @pytest.mark.parametrize("kept", [0, 1])
 def test_each_head_has_its_own_rows_of_every_weight(kept: int) -> None:
     """With one of two heads cut off at the output, nothing that is that head's matters, and everything that is the other's does."""
@@ -229,6 +277,17 @@ def test_segments_with_a_long_memory_equal_one_long_segment(name: str) -> None:
     assert_allclose(forward_in_pieces(config, parameters, ids, [5, 1, 4, 2]), whole_BTD, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ADDED_POSITIONS)
+def test_with_added_positions_the_last_segment_of_one_layer_equals_that_of_one_long_segment(name: str) -> None:
+    """Its memory holds embeddings, which get the positions of the segment that reads them, however long ago they came."""
+    config = dataclasses.replace(ADDED_POSITIONS[name], mem_len=20, n_layer=1)
+    parameters, ids = random_parameters(config), rng_ids(2, 12)
+    whole_BTD, _ = naive_forward(config, parameters, ids)
+    in_pieces_BTD = forward_in_pieces(config, parameters, ids, [3, 1, 2, 4, 2])
+    assert_allclose(in_pieces_BTD[:, -2:], whole_BTD[:, -2:], rtol=0, atol=1e-12)
+    assert np.abs(in_pieces_BTD[:, :-2] - whole_BTD[:, :-2]).max() > 1e-2
+
+
 @pytest.mark.parametrize("rule", ["mem_len+1", "mem_len"])
 @pytest.mark.parametrize("name", BODIES)
 def test_with_same_length_the_cuts_between_segments_leave_no_trace(name: str, rule: Any) -> None:
@@ -283,6 +342,38 @@ def test_a_call_changes_none_of_its_arguments() -> None:
     _, new_memory = naive_forward(TINY, parameters, ids, memory)
     new_memory[0][0][:] = 0.0
     assert pickle.dumps((parameters, ids, memory)) == before
+
+
+def test_the_memory_ends_where_the_next_input_begins() -> None:
+    config = dataclasses.replace(TINY, ext_len=3)
+    parameters, ids = random_parameters(config), rng_ids(1, 12)
+    memory = None
+    for start, expected in [(0, slice(0, 0)), (2, slice(0, 1)), (4, slice(0, 3)), (6, slice(0, 5)), (8, slice(1, 7)), (10, slice(3, 9))]:
+        _, memory = naive_forward(config, parameters, ids[:, max(0, start - 3) : start + 2], memory, tgt_len=2)
+        embedded_MD = parameters["embedding.weights.0"][ids[0, expected]] * math.sqrt(config.d_model)
+        assert_allclose(memory[0][0], embedded_MD, rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", [*BODIES, *ADDED_POSITIONS])
+def test_without_memory_the_context_read_once_more_is_all_there_is(name: str) -> None:
+    config = dataclasses.replace({**BODIES, **ADDED_POSITIONS}[name], mem_len=0, ext_len=4)
+    parameters, ids = random_parameters(config), rng_ids(2, 9)
+    _, memory = naive_forward(config, parameters, ids[:, :6], tgt_len=6)
+    hidden_BTD, _ = naive_forward(config, parameters, ids[:, 2:], memory, tgt_len=3)
+    assert_array_equal(hidden_BTD, naive_forward(config, parameters, ids[:, 2:])[0][:, -3:])
+
+
+@pytest.mark.parametrize("name", [*BODIES, *ADDED_POSITIONS])
+def test_one_layer_sees_in_memory_and_context_together_what_it_sees_in_a_longer_memory(name: str) -> None:
+    plain = dataclasses.replace({**BODIES, **ADDED_POSITIONS}[name], n_layer=1, mem_len=7)
+    reread = dataclasses.replace(plain, mem_len=4, ext_len=3)
+    parameters, ids = random_parameters(plain), rng_ids(2, 15)
+    expected_BTD = forward_in_pieces(plain, parameters, ids, [3] * 5)
+    pieces, memory = [], None
+    for start in range(0, 15, 3):
+        hidden_BTD, memory = naive_forward(reread, parameters, ids[:, max(0, start - 3) : start + 3], memory, tgt_len=3)
+        pieces.append(hidden_BTD)
+    assert_allclose(np.concatenate(pieces, axis=1), expected_BTD, rtol=0, atol=1e-12)
 
 
 def forward_in_pieces(config: ModelConfig, parameters: Parameters, ids: Ids, lengths: list[int]) -> Any:
@@ -385,6 +476,19 @@ def test_every_parameter_matters(name: str) -> None:
     for parameter, values in parameters.items():
         other = np.random.default_rng(3).normal(0.0, 0.4, values.shape)
         assert abs(loss({**parameters, parameter: other}) - first) > 1e-9, parameter
+
+
+@pytest.mark.parametrize("name", ["learned distances", *ADDED_POSITIONS])
+def test_every_parameter_of_every_kind_of_position_matters(name: str) -> None:
+    config = {**BODIES, **ADDED_POSITIONS}[name]
+    parameters, ids = random_parameters(config), np.arange(6)[None]
+    hidden_BTD, _ = naive_forward(config, parameters, ids)
+    for parameter, values in parameters.items():
+        for row in range(len(values)) if "distance" in parameter or "position" in parameter else [slice(None)]:
+            other = values.copy()
+            other[row] += np.random.default_rng(3).normal(0.0, 0.4, values[row].shape)
+            moved = np.abs(naive_forward(config, {**parameters, parameter: other}, ids)[0] - hidden_BTD).max()
+            assert moved > 1e-9 or parameter.startswith("head."), (parameter, row)
 
 
 def test_a_tail_cluster_is_chosen_by_its_own_column_in_ascending_order() -> None:

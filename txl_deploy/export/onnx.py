@@ -72,6 +72,7 @@ def export_onnx(step: InferenceStep, directory: Path, metadata: dict[str, str]) 
 def _to_graph(step: InferenceStep, signature: Signature) -> onnx.ModelProto:
     memory = empty_memory(step.config, step.memory, _EXAMPLE_BATCH)
     ids_BT = _example_ids(step)
+    input_ids_BQ = torch.cat([ids_BT.new_zeros(_EXAMPLE_BATCH, step.ext_len), ids_BT], dim=1)
     rows = cluster_rows(ids_BT.reshape(-1), step.head.cluster_ends)
     batch = torch.export.Dim(BATCH)
     shapes = (
@@ -85,7 +86,7 @@ def _to_graph(step: InferenceStep, signature: Signature) -> onnx.ModelProto:
         warnings.simplefilter("ignore")  # of the exporter about itself: deprecated internals, names shared by equal axes
         program: Any = torch.onnx.export(
             step,
-            (ids_BT, ids_BT.clone(), rows, memory.length_B, memory.states),
+            (input_ids_BQ, ids_BT, rows, memory.length_B, memory.states),
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=shapes,

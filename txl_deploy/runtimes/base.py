@@ -1,6 +1,6 @@
 """What every runtime promises, and what it says of itself. Evaluation, parity and benchmarks know nothing else of it."""
 
-# Shape suffixes: B batch, T tgt_len
+# Shape suffixes: B batch, T tgt_len, Q ext_len + tgt_len
 
 from __future__ import annotations
 
@@ -67,20 +67,22 @@ class Runtime(Stepper, Protocol):
         ...
 
 
-def check_shapes(info: RuntimeInfo, input_ids_BT: Tensor, target_ids_BT: Tensor, memory: Memory) -> None:
+def check_shapes(info: RuntimeInfo, input_ids_BQ: Tensor, target_ids_BT: Tensor, memory: Memory) -> None:
     """Refuse tensors that the runtime was not made for, before they reach native code.
 
     Raises:
         ShapeRangeError: naming the tensor, both shapes and the command that makes a runtime for it.
     """
-    B = input_ids_BT.shape[0] if input_ids_BT.dim() else 0
-    expected_tokens = (B, info.tgt_len)
-    for name, tensor in (("input_ids", input_ids_BT), ("target_ids", target_ids_BT)):
-        if tuple(tensor.shape) != expected_tokens or B < 1:
-            length = tensor.shape[-1] if tensor.dim() else 1
+    B = input_ids_BQ.shape[0] if input_ids_BQ.dim() else 0
+    ext_len = info.config.ext_len
+    for name, tensor, before in (("input_ids", input_ids_BQ, ext_len), ("target_ids", target_ids_BT, 0)):
+        expected = info.tgt_len + before
+        if tuple(tensor.shape) != (B, expected) or B < 1:
+            length = tensor.shape[-1] - before if tensor.dim() else 1
+            context = f" after the {ext_len} before them" if before else ""
             raise ShapeRangeError(
-                f"`{name}` of this {info.name} runtime must have shape [batch_size, {info.tgt_len}], but has {list(tensor.shape)} instead.",
-                remedy=f"Give segments of {info.tgt_len} tokens, or export again with `--tgt-len {length}`.",
+                f"`{name}` of this {info.name} runtime must have shape [batch_size, {expected}], but has {list(tensor.shape)} instead.",
+                remedy=f"Give segments of {info.tgt_len} tokens{context}, or export again with `--tgt-len {max(length, 1)}`.",
             )
     if memory.length_B.shape[0] != B:
         raise ShapeRangeError(f"The memory is of {memory.length_B.shape[0]} streams, but the tokens are of {B}.")

@@ -4,10 +4,14 @@ Two kinds over the same weights:
 
 * **hidden** (training; what the paper caches): the input of each layer, [B, M, D] per layer;
 * **kv** (inference): the keys and values projected from those inputs, two [B, H, M, E] per layer. They depend on
-  the weights alone, so keeping them gives the same result without projecting M positions again for each segment.
+  the weights alone, so keeping them gives the same result without projecting M positions again for each segment. Not so where
+  positions are added to the inputs (`attn_type` sinusoidal and learned): there a memory of hidden states is the only one.
 
 The newest position is last. `length_B` says how many of the last positions of each stream are filled: 0 is a cold start,
 which equals the reference's memory of zero length exactly, because positions beyond the length are masked out.
+
+With `ext_len`, a segment's input begins with that many tokens before it, which are read once more. The memory then ends where these
+begin, and `length_B` counts both: the tokens of the stream directly before the segment, as far as extension and memory reach.
 """
 
 # Shape suffixes: B batch, M mem_len, D d_model, H heads, E d_head
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 from txl_train.config import MemoryKind, ModelConfig
+from txl_train.errors import ConfigError
 
 
 class Memory(NamedTuple):
@@ -28,7 +33,7 @@ class Memory(NamedTuple):
     states: list[Tensor]
     """hidden: n_layer tensors [B, M, D]; kv: key and value of layer 0, of layer 1, … [B, H, M, E] each."""
     length_B: Tensor
-    """int64 [B], 0..mem_len: positions filled."""
+    """int64 [B], 0..mem_len + ext_len: tokens directly before the next segment that are there to be seen."""
 
 
 def state_shape(config: ModelConfig, kind: MemoryKind, batch_size: int) -> tuple[int, ...]:
@@ -41,6 +46,16 @@ def state_shape(config: ModelConfig, kind: MemoryKind, batch_size: int) -> tuple
 def state_count(config: ModelConfig, kind: MemoryKind) -> int:
     """Number of tensors in `Memory.states`."""
     return config.n_layer if kind == "hidden" else 2 * config.n_layer
+
+
+def require_memory_kind(config: ModelConfig, kind: MemoryKind) -> None:
+    """Raise `ConfigError` if the model cannot have that kind of memory."""
+    if kind == "kv" and config.attn_type in ("sinusoidal", "learned"):
+        raise ConfigError(
+            f"A model of `attn_type` {config.attn_type} cannot keep keys and values: "
+            "those of the memory depend on the position that it has in the segment where it is used.",
+            remedy="Add `--memory hidden`.",
+        )
 
 
 def empty_memory(

@@ -5,7 +5,7 @@ states; the loss is a separate head. Its layers run in `Decoder`, which takes ei
 `inference.py` wraps the same weights for scoring with fixed lengths, and export traces that.
 """
 
-# Shape suffixes: B batch, T tgt_len, M mem_len, K = M + T keys, H heads, E d_head, D d_model, C = K + 1 encoded distances, V vocabulary
+# Shape suffixes: B batch, T tgt_len, Q inputs (ext_len + tgt_len), M mem_len, K = M + Q keys, H heads, E d_head, D d_model, V vocabulary
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from txl_train.config import ModelConfig
 from txl_train.errors import CheckpointError, ConfigError
+from txl_train.model.absolute import AbsoluteAttention, LearnedAttention
 from txl_train.model.adaptive import AdaptiveEmbedding, AdaptiveLogSoftmax, cluster_rows, has_projections
-from txl_train.model.attention import RelativeAttention, visible_keys
+from txl_train.model.attention import Attention, visible_keys
 from txl_train.model.memory import Memory, empty_memory
-from txl_train.model.positional import relative_positions
+from txl_train.model.positional import shared_positions
+from txl_train.model.relative import RelativeAttention
+from txl_train.model.shaw import ShawAttention
 
 
 class FeedForward(nn.Module):
@@ -40,38 +43,43 @@ class FeedForward(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each added to its input and normalised, after (as published) or before (`pre_lnorm`)."""
 
-    def __init__(self, config: ModelConfig, content_bias: nn.Parameter, position_bias: nn.Parameter) -> None:
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
         self.pre_lnorm = config.pre_lnorm
-        self.attention = RelativeAttention(config, content_bias, position_bias)
+        self.adds_positions = attention.adds_positions
+        self.attention = attention
         self.attention_norm = nn.LayerNorm(config.d_model)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.d_model)
         self.drop = nn.Dropout(config.dropout)
 
-    def project_memory(self, memory_BMD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, M, E] of remembered inputs of this layer, which are kept before any normalisation."""
+    def project_memory(self, memory_BMD: Tensor, position_term: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, M, E] of remembered inputs of this layer, which are kept before positions and normalisation."""
+        if self.adds_positions:
+            memory_BMD = memory_BMD + position_term[: memory_BMD.shape[1]]
         normal_BMD: Tensor = self.attention_norm(memory_BMD) if self.pre_lnorm else memory_BMD
         return self.attention.project_memory(normal_BMD)
 
     def forward(
         self,
-        x_BTD: Tensor,
+        x_BQD: Tensor,
         memory_key_BHME: Tensor,
         memory_value_BHME: Tensor,
-        position_keys_HEC: Tensor,
-        visible_B1TK: Tensor,
+        position_term: Tensor,
+        visible_B1QK: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the layer's output [B, T, D] and the keys and values [B, H, K, E] of memory and segment."""
-        attended = self.attention_norm(x_BTD) if self.pre_lnorm else x_BTD
-        mixed, key_BHKE, value_BHKE = self.attention(attended, memory_key_BHME, memory_value_BHME, position_keys_HEC, visible_B1TK)
-        x_BTD = x_BTD + self.drop(mixed)
+        """Return the layer's output [B, Q, D] and the keys and values [B, H, K, E] of memory and input."""
+        if self.adds_positions:
+            x_BQD = x_BQD + position_term[memory_key_BHME.shape[2] :]
+        attended = self.attention_norm(x_BQD) if self.pre_lnorm else x_BQD
+        mixed, key_BHKE, value_BHKE = self.attention(attended, memory_key_BHME, memory_value_BHME, position_term, visible_B1QK)
+        x_BQD = x_BQD + self.drop(mixed)
         if self.pre_lnorm:
-            x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+            x_BQD = x_BQD + self.feed_forward(self.feed_forward_norm(x_BQD))
         else:
-            x_BTD = self.attention_norm(x_BTD)
-            x_BTD = self.feed_forward_norm(x_BTD + self.feed_forward(x_BTD))
-        return x_BTD, key_BHKE, value_BHKE
+            x_BQD = self.attention_norm(x_BQD)
+            x_BQD = self.feed_forward_norm(x_BQD + self.feed_forward(x_BQD))
+        return x_BQD, key_BHKE, value_BHKE
 
 
 class Decoder(nn.Module):
@@ -82,58 +90,73 @@ class Decoder(nn.Module):
         self.layers = layers
 
     def forward(
-        self, x_BTD: Tensor, states: list[Tensor], position_keys: list[Tensor], visible_B1TK: Tensor, kv_memory: bool
+        self, x_BQD: Tensor, states: list[Tensor], position_terms: list[Tensor], visible_B1QK: Tensor, kv_memory: bool, ext_len: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the last layer's output [B, T, D] and the new states: of memory and segment, the last M positions.
+        """Return the last layer's output for the segment, [B, T, D], and the new states.
 
-        `states` are keys and values if `kv_memory`, otherwise the hidden inputs of the layers; `position_keys` has one
-        [H, E, K+1] per layer.
+        These are the M positions of memory and input that end `ext_len` before the end, where the next input begins.
+        `states` are keys and values if `kv_memory`, otherwise the hidden inputs of the layers; `position_terms` has one per layer,
+        as `TransformerXL.position_terms` returns them.
         """
-        tgt_len = x_BTD.shape[1]
+        tgt_len = x_BQD.shape[1] - ext_len
         new_states: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             if kv_memory:
                 memory_key, memory_value = states[2 * i], states[2 * i + 1]
             else:
                 # a ModuleList yields Modules, of which any attribute may be a tensor; TorchScript allows no comment after the next one
-                memory_key, memory_value = layer.project_memory(states[i])  # type: ignore[operator]
-                new_states.append(torch.cat([states[i], x_BTD.to(states[i].dtype)], dim=1)[:, tgt_len:])
-            x_BTD, key_BHKE, value_BHKE = layer(x_BTD, memory_key, memory_value, position_keys[i], visible_B1TK)
+                memory_key, memory_value = layer.project_memory(states[i], position_terms[i])  # type: ignore[operator]
+                seen_BKD = torch.cat([states[i], x_BQD.to(states[i].dtype)], dim=1)
+                new_states.append(seen_BKD[:, tgt_len:][:, : states[i].shape[1]])
+            x_BQD, key_BHKE, value_BHKE = layer(x_BQD, memory_key, memory_value, position_terms[i], visible_B1QK)
             if kv_memory:
-                new_states.append(key_BHKE[:, :, tgt_len:])
-                new_states.append(value_BHKE[:, :, tgt_len:])
-        return x_BTD, new_states
+                new_states.append(key_BHKE[:, :, tgt_len:][:, :, : memory_key.shape[2]])
+                new_states.append(value_BHKE[:, :, tgt_len:][:, :, : memory_key.shape[2]])
+        return x_BQD[:, ext_len:], new_states
 
 
 class TransformerXL(nn.Module):
     """A Transformer-XL language model with freshly drawn weights (from PyTorch's global generator).
 
     Raises:
-        ConfigError: the configuration names no vocabulary size.
+        ConfigError: the configuration names no vocabulary size, or not how many positions are learned.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.vocab_size < 1:
             raise ConfigError(f"`vocab_size` must be 1 or more to build a model, but is {config.vocab_size} instead.")
-        self.config = config
-        bias_shape = (config.n_head, config.d_head)
-        if not config.untie_biases:
-            self.content_bias = nn.Parameter(torch.empty(bias_shape))
-            self.position_bias = nn.Parameter(torch.empty(bias_shape))
-        self.embedding = AdaptiveEmbedding(config)
-        self.layers = nn.ModuleList(
-            DecoderLayer(
-                config,
-                nn.Parameter(torch.empty(bias_shape)) if config.untie_biases else self.content_bias,
-                nn.Parameter(torch.empty(bias_shape)) if config.untie_biases else self.position_bias,
+        if config.attn_type in ("shaw", "learned") and config.position_rows < 1:
+            raise ConfigError(
+                f"`position_rows` must be 1 or more to build a model of `attn_type` {config.attn_type}, but is 0 instead.",
+                remedy="Give the number of positions it learns, such as tgt_len + ext_len + mem_len.",
             )
-            for _ in range(config.n_layer)
-        )
+        self.config = config
+        if config.attn_type == "relative" and not config.untie_biases:
+            self.content_bias, self.position_bias = self._make_biases()
+        self.embedding = AdaptiveEmbedding(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, self._make_attention(i)) for i in range(config.n_layer))
         self.decoder = Decoder(self.layers)
         self.head = self._make_head()
         self.drop = nn.Dropout(config.dropout)
         self.reset_parameters()
+
+    def _make_biases(self) -> tuple[nn.Parameter, nn.Parameter]:
+        shape = (self.config.n_head, self.config.d_head)
+        return nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
+
+    def _make_attention(self, layer: int) -> Attention:
+        config = self.config
+        match config.attn_type:
+            case "relative":
+                biases = self._make_biases() if config.untie_biases else (self.content_bias, self.position_bias)
+                return RelativeAttention(config, *biases)
+            case "shaw":
+                return ShawAttention(config)
+            case "sinusoidal":
+                return AbsoluteAttention(config, adds_positions=layer == 0)
+            case "learned":
+                return LearnedAttention(config)
 
     def _make_head(self) -> AdaptiveLogSoftmax:
         config, embedding = self.config, self.embedding
@@ -148,45 +171,65 @@ class TransformerXL(nn.Module):
         return AdaptiveLogSoftmax(config, weights, biases, projections)
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, as the reference does: projections and normalisations have distributions of their own."""
+        """Draw all weights anew, as the reference does: projections and normalisations have distributions of their own.
+
+        So have the embeddings where `emb_init` is given, an output matrix that is tied to them included.
+        """
         config = self.config
         projections = {id(p) for p in [*self.embedding.projections, *self.head.projections]}
+        embeddings = {id(p) for p in self.embedding.weights} if config.emb_init is not None else set()
         for name, parameter in self.named_parameters():
             kind = name.rsplit(".", 1)[-1]
             if "norm." in name:
                 nn.init.zeros_(parameter) if kind == "bias" else nn.init.normal_(parameter, 1.0, config.init_std)
             elif id(parameter) in projections:
-                self._draw(parameter, config.proj_init_std)
-            elif kind in ("bias", "cluster_bias") or "biases." in name:
+                nn.init.normal_(parameter, 0.0, config.proj_init_std)
+            elif kind in ("bias", "cluster_bias", "distance_bias") or "biases." in name:
                 nn.init.zeros_(parameter)
             else:
-                self._draw(parameter, config.init_std)
+                own = id(parameter) in embeddings
+                distribution, half_width = (config.emb_init, config.emb_init_range) if own else (config.init, config.init_range)
+                if distribution == "uniform":
+                    nn.init.uniform_(parameter, -half_width, half_width)
+                else:
+                    nn.init.normal_(parameter, 0.0, config.init_std)
 
-    def _draw(self, parameter: Tensor, std: float) -> None:
-        if self.config.init == "uniform":
-            nn.init.uniform_(parameter, -self.config.init_range, self.config.init_range)
-        else:
-            nn.init.normal_(parameter, 0.0, std)
-
-    def forward(self, input_ids_BT: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    def forward(self, input_ids_BQ: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """Run one segment of any length.
 
         Args:
-            input_ids_BT: int64 token ids.
+            input_ids_BQ: int64 token ids: `ext_len` tokens that come before the segment, any ids where there are none, and the segment.
             memory: of hidden states, as `initial_memory` or an earlier call returned it.
 
         Returns:
-            The hidden states [B, T, D] that enter the softmax, and the memory for the next segment, without gradient.
+            The hidden states [B, T, D] of the segment, which enter the softmax, and the memory for the next one, without gradient.
+
+        Raises:
+            ConfigError: the input is no longer than `ext_len`.
         """
         config = self.config
-        T = input_ids_BT.shape[1]
-        positions_CD = relative_positions(config.mem_len + T, config.d_model, config.clamp_len, input_ids_BT.device)
-        positions_CD = self.drop(positions_CD.to(self.embedding.weights[0].dtype))
-        position_keys = [layer.attention.position_keys(positions_CD) for layer in self.decoder_layers()]
-        visible_B1TK = visible_keys(T, config.mem_len, config.max_distance, memory.length_B)
-        x_BTD = self.drop(self.embedding(input_ids_BT))
-        x_BTD, states = self.decoder(x_BTD, memory.states, position_keys, visible_B1TK, False)
-        return self.drop(x_BTD), Memory([state.detach() for state in states], (memory.length_B + T).clamp(max=config.mem_len))
+        T = input_ids_BQ.shape[1] - config.ext_len
+        if T < 1:
+            raise ConfigError(f"An input of {input_ids_BQ.shape[1]} tokens has no segment after the `ext_len` of {config.ext_len}.")
+        position_terms = self.position_terms(config, config.mem_len + config.ext_len + T, self.drop)
+        visible_B1QK = visible_keys(T, config.mem_len, config.max_distance, memory.length_B, config.ext_len)
+        x_BQD = self.drop(self.embedding(input_ids_BQ))
+        hidden_BTD, states = self.decoder(x_BQD, memory.states, position_terms, visible_B1QK, False, config.ext_len)
+        length_B = (memory.length_B + T).clamp(max=config.mem_len + config.ext_len)
+        return self.drop(hidden_BTD), Memory([state.detach() for state in states], length_B)
+
+    def position_terms(self, config: ModelConfig, key_len: int, drop: nn.Module | None = None) -> list[Tensor]:
+        """Return each layer's position term for `key_len` keys, with the lengths of `config`.
+
+        `drop` is applied to encoded positions, once for all layers, and not to learned ones, as in the reference.
+        """
+        weight = self.embedding.weights[0]
+        positions = shared_positions(config, key_len, weight.device)
+        if positions.is_floating_point():
+            positions = positions.to(weight.dtype)
+            if drop is not None:
+                positions = drop(positions)
+        return [layer.attention.position_term(positions) for layer in self.decoder_layers()]
 
     def nll(self, hidden_BTD: Tensor, target_ids_BT: Tensor) -> Tensor:
         """Return −log p(target), nats, float32 [B, T]."""

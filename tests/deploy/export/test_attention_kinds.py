@@ -1,0 +1,75 @@
+"""Every kind of attention, and context that is read once more, as a TorchScript module and as an ONNX graph."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+from tests.deploy.conftest import TGT_LEN
+from tests.support import ATTENTION_KINDS, build_model, random_ids, segment_of, small_config
+from txl_deploy.export.onnx import export_onnx
+from txl_deploy.export.torchscript import export_torchscript
+from txl_deploy.signature import step_signature
+from txl_train.config import MemoryKind
+from txl_train.model.adaptive import cluster_rows
+from txl_train.model.inference import InferenceStep
+from txl_train.model.memory import empty_memory
+
+CASES: list[tuple[str, MemoryKind]] = [("relative", "kv"), ("shaw", "kv"), ("sinusoidal", "hidden"), ("learned", "hidden")]
+
+
+def small_step(kind: str, memory: MemoryKind) -> InferenceStep:
+    config = small_config(**ATTENTION_KINDS[kind], ext_len=3, pre_lnorm=True, clamp_len=8)
+    return InferenceStep(build_model(config), TGT_LEN, memory).eval()
+
+
+def roll(step: InferenceStep, call: Any) -> list[Tensor]:
+    """Return the nll of five segments, with the memory carried from one to the next."""
+    ids = random_ids(step.config, 2, 5 * TGT_LEN + 1)
+    states, length_B = empty_memory(step.config, step.memory, 2)
+    losses = []
+    for s in range(5):
+        input_ids, target_ids = (torch.from_numpy(part) for part in segment_of(step.config, ids, s, TGT_LEN)[:2])
+        rows = cluster_rows(target_ids.reshape(-1), step.head.cluster_ends)
+        with torch.inference_mode():
+            nll, length_B, states = call(input_ids, target_ids, rows, length_B, states)
+        losses.append(nll)
+    return losses
+
+
+@pytest.mark.parametrize(("kind", "memory"), [*CASES, ("relative", "hidden"), ("shaw", "hidden")])
+def test_torchscript_computes_what_the_model_computes(kind: str, memory: MemoryKind, tmp_path: Path) -> None:
+    step = small_step(kind, memory)
+    export_torchscript(step, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated and works
+        script: Any = torch.jit.load(str(tmp_path / "model.pt"))  # type: ignore[no-untyped-call]
+    for theirs, ours in zip(roll(step, script), roll(step, step), strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "memory"), CASES)
+def test_onnx_runtime_computes_what_the_model_computes(kind: str, memory: MemoryKind, tmp_path: Path) -> None:
+    step = small_step(kind, memory)
+    export_onnx(step, tmp_path, {})
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options)
+    specs = step_signature(step.config, tgt_len=TGT_LEN, memory=memory).inputs
+    assert specs[0].axes == ("batch_size", 3 + TGT_LEN)
+    assert [(value.name, value.shape) for value in session.get_inputs()] == [(spec.name, list(spec.axes)) for spec in specs]
+
+    def call(input_ids: Tensor, target_ids: Tensor, rows: list[Tensor], length_B: Tensor, states: list[Tensor]) -> tuple[Any, ...]:
+        tensors = (input_ids, target_ids, *rows, length_B, *states)
+        feed = {spec.name: tensor.numpy() for spec, tensor in zip(specs, tensors, strict=True)}
+        nll, length_B, *states = (torch.from_numpy(value) for value in session.run(None, feed))
+        return nll, length_B, states
+
+    for theirs, ours in zip(roll(step, call), roll(step, step), strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
