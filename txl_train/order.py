@@ -21,11 +21,11 @@ from txl_train.data.sentences import ShuffledSentences
 _ROLL, _VARLEN, _SENTENCES = 1, 2, 3
 """Kinds of random numbers, each drawn from a generator of its own."""
 
-_HALF_SHARE = 0.05
+_WHOLE_SHARE = 0.95
 _DEVIATION = 5
 _SHORTEST = 5
 _MOST_DEVIATIONS = 3
-"""Random lengths as in the authors' code: normal around tgt_len, for a small share around half of it, with this deviation and limits."""
+"""Random lengths as in the authors' code: normal around tgt_len, for one in twenty around half of it, with this deviation and limits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,19 @@ class TrainingOrder:
         return _nvidia_shifts(longest + 1, self.batch_size, self.streams, self.seed, number)
 
     def _bounds(self, n_targets: int, number: int) -> list[int]:
-        generator = self._generator(number, _VARLEN)
+        """Where the segments of this epoch begin, and where the last one ends."""
+        if self.compat is None:
+            return self._drawn_bounds(n_targets, self._generator(number, _VARLEN))
+        generator = np.random.RandomState(self.seed)  # which NVIDIA's code draws from through all epochs, and stops a target early
+        bounds: list[int] = []
+        for _ in range(number):
+            bounds = self._drawn_bounds(n_targets, generator, leave=1)
+        return bounds
+
+    def _drawn_bounds(self, n_targets: int, generator: np.random.Generator | np.random.RandomState, leave: int = 0) -> list[int]:
         bounds = [0]
-        while bounds[-1] < n_targets:
-            middle = self.tgt_len / 2 if generator.random() < _HALF_SHARE else self.tgt_len
+        while bounds[-1] < n_targets - leave:
+            middle = self.tgt_len if generator.random() < _WHOLE_SHARE else self.tgt_len / 2
             drawn = int(generator.normal(middle, _DEVIATION))
             length = min(self.tgt_len + _MOST_DEVIATIONS * _DEVIATION, max(_SHORTEST, drawn))
             bounds.append(min(bounds[-1] + length, n_targets))

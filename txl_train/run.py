@@ -39,16 +39,19 @@ from txl_train.checkpoint import Checkpoint, load_checkpoint, load_model
 from txl_train.config import Compat, DataConfig, MemoryKind, ModelConfig, RunConfig, SameLengthRule, TrainConfig, to_dict
 from txl_train.data import pydoc
 from txl_train.data.corpus import Corpus, load_corpus
-from txl_train.data.datasets import default_cutoffs, get_dataset
+from txl_train.data.datasets import default_cutoffs, default_tie_projections, get_dataset
+from txl_train.data.layouts import NEWLINE_TOKEN
 from txl_train.data.segments import SegmentIterator
+from txl_train.data.vocabulary import Vocabulary
 from txl_train.device import resolve_device
 from txl_train.distributed import World, join
 from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError, TxlError, UsageError, ValidationError
-from txl_train.evaluate import EvalResult, ModelStepper, evaluate
+from txl_train.evaluate import EvalResult, ModelStepper, Stepper, evaluate
 from txl_train.flops import forward_flops_per_token, measured_peak_flops, training_flops_per_token
 from txl_train.metrics import perplexity
 from txl_train.model.inference import with_lengths
 from txl_train.model.transformer_xl import TransformerXL
+from txl_train.protocols import NVIDIA, NvidiaSegments, UnevenStepper, own_streams
 from txl_train.records import LOG_NAME, METRICS_NAME, RunRecord, end_line, nll_figure, result_figures
 from txl_train.settings import Resolved
 from txl_train.trainer import Trainer
@@ -231,7 +234,7 @@ def _train(
         run=resolved.to_dict() | {"data_folder": str(corpus.directory.resolve())},
         device=devices,
         world=world,
-        sentence_end=corpus.vocabulary.eos_id if getattr(corpus.spec, 'shuffles_sentences', False) else None,
+        sentence_end=corpus.vocabulary.eos_id if corpus.spec.shuffles_sentences else None,
     )
     if continue_from is not None:
         trainer.restore(continue_from)
@@ -325,15 +328,28 @@ class _Scorer:
         max_segments: int | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> EvalResult:
-        segments = SegmentIterator(
-            ids,
-            batch_size=self.train.eval_batch_size,
-            tgt_len=self.train.eval_tgt_len,
-            ext_len=self.config.ext_len,
-            streams=self.world.share(self.train.eval_batch_size),
-        )
-        memory: MemoryKind = "kv" if self.config.attn_type in ("relative", "shaw") else "hidden"
-        stepper = ModelStepper(model.eval(), tgt_len=self.train.eval_tgt_len, memory=memory, config=self.config)
+        train, config, compat = self.train, self.config, self.train.compat
+        batch_size, tgt_len = train.eval_batch_size, train.eval_tgt_len
+        model.eval()
+        stepper: Stepper = self._stepper(model, tgt_len, config)
+        segments: SegmentIterator | NvidiaSegments
+        if compat is None:
+            streams = self.world.share(batch_size)
+            segments = SegmentIterator(ids, batch_size=batch_size, tgt_len=tgt_len, ext_len=config.ext_len, streams=streams)
+        else:
+            warm_up = -(-config.mem_len // tgt_len) * tgt_len if NVIDIA[compat].warms_up else 0
+            segments = NvidiaSegments(
+                ids,
+                batch_size=batch_size,
+                tgt_len=tgt_len,
+                ext_len=config.ext_len,
+                warm_up_len=warm_up,
+                columns=own_streams(compat, batch_size, self.world),
+                max_segments=max_segments,
+            )
+            lengths = segments.lengths_to_continue() if config.attn_type in ("sinusoidal", "learned") else set()
+            others = {length: self._stepper(model, length, with_lengths(config, ext_len=0)) for length in lengths}
+            stepper = UnevenStepper(stepper, others, tgt_len=tgt_len, ext_len=config.ext_len)
         return evaluate(
             stepper,
             segments,
@@ -344,9 +360,15 @@ class _Scorer:
             world=self.world,
         )
 
+    def _stepper(self, model: TransformerXL, tgt_len: int, config: ModelConfig) -> ModelStepper:
+        memory: MemoryKind = "kv" if config.attn_type in ("relative", "shaw") else "hidden"
+        return ModelStepper(model, tgt_len=tgt_len, memory=memory, config=config)
 
-def open_corpus(config: DataConfig, work_dir: Path) -> Corpus:
+
+def open_corpus(config: DataConfig, work_dir: Path, compat: Compat | None = None) -> Corpus:
     """Open the text `config` names; a built-in one is written into `work_dir`/data first. The token cache is in `work_dir`/cache.
+
+    With `compat`, the line breaks of enwik8 are no tokens, as in NVIDIA's code.
 
     Raises:
         DataError: the folder or a file is missing, empty or not as the data set promises.
@@ -363,14 +385,18 @@ def open_corpus(config: DataConfig, work_dir: Path) -> Corpus:
             remedy="Give it with `--data DIR`; `--dataset pydoc` needs none.",
         )
     cache_dir = None if os.environ.get("TXL_CACHE_DIR") else work_dir / "cache"
-    return load_corpus(folder, spec, cache_dir=cache_dir, min_count=config.min_count, **({} if config.vocab == 'word' else {'vocab': config.vocab}))
+    corpus = load_corpus(folder, spec, cache_dir=cache_dir, min_count=config.min_count, vocab=config.vocab)
+    if compat is not None and NEWLINE_TOKEN in corpus.vocabulary and spec.line_end == "byte":  # there, line breaks separate tokens only
+        others = [symbol for symbol in corpus.vocabulary.symbols if symbol != NEWLINE_TOKEN]
+        corpus = load_corpus(folder, spec, cache_dir=cache_dir, vocabulary=Vocabulary(others, unit=corpus.vocabulary.unit))
+    return corpus
 
 
 def _open_corpus_once(config: RunConfig, folder: Path, world: World) -> Corpus:
     """Open the text, in the first process before the others, which then find it prepared."""
     if not world.is_main:
         world.wait()
-    corpus = open_corpus(config.data, folder)
+    corpus = open_corpus(config.data, folder, config.train.compat)
     for split in ("train", "valid", "test"):
         corpus.ids(split)
     if world.is_main:
@@ -403,9 +429,18 @@ def complete_model_config(run: RunConfig, corpus: Corpus) -> ModelConfig:
     rows = config.position_rows
     if config.attn_type in ("shaw", "learned") and not rows:
         rows = run.train.tgt_len + config.ext_len + config.mem_len
+    tied = config.tie_projections
+    if tied is None and cutoffs:
+        tied = default_tie_projections(corpus.spec, len(cutoffs))
     rule = config.same_length_rule if run.train.compat is None else _RULE_OF[run.train.compat]
     return dataclasses.replace(
-        config, vocab_size=vocab_size, cutoffs=cutoffs, adaptive=bool(cutoffs), position_rows=rows, same_length_rule=rule
+        config,
+        vocab_size=vocab_size,
+        cutoffs=cutoffs,
+        adaptive=bool(cutoffs),
+        tie_projections=tied,
+        position_rows=rows,
+        same_length_rule=rule,
     )
 
 

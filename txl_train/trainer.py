@@ -322,6 +322,8 @@ class Trainer:
         config, model = self.model.config, self.model
         if config.n_cluster == 0 or config.div_val == 1:  # one table for all words
             return
+        if self.config.train.compat == "nvidia-2019":  # which sets gradients to zero rather than to none
+            return
         counts = [
             np.bincount(np.searchsorted(config.cutoffs, ids_BT, side="right").ravel(), minlength=config.n_cluster + 1)
             for ids_BT in (segment.input_ids_BT, segment.target_ids_BT)

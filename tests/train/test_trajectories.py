@@ -14,9 +14,8 @@ from tests.reference import nvidia
 from tests.support import build_model
 from txl_deploy.cli.main import main
 from txl_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from txl_train.config import ModelConfig
-from txl_train.data.corpus import load_corpus
-from txl_train.data.datasets import get_dataset
+from txl_train.config import DataConfig, ModelConfig
+from txl_train.run import open_corpus
 
 OPTIONS = (
     *("n_layer", "n_head", "d_head", "d_embed", "d_model", "d_inner", "dropout", "dropatt", "attn_type", "clamp_len", "div_val"),
@@ -44,7 +43,7 @@ def with_initial_weights(path: Path, recorded: dict[str, Any], arrays: Any, root
     """Write the recorded initial weights as a checkpoint."""
     arguments = recorded["args"]
     config = nvidia.map_config(recorded["model_config"], "2023")
-    corpus = load_corpus(root / arguments["data"], get_dataset(arguments["dataset"]), cache_dir=cache)
+    corpus = open_corpus(DataConfig(dataset=arguments["dataset"], data=str(root / arguments["data"])), cache, "nvidia-2023")
     model = build_model(config, weights_of(arrays, "init", config))
     checkpoint = Checkpoint(
         model_config=config,

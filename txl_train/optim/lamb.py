@@ -3,6 +3,7 @@
 Each parameter tensor w moves by lr * trust * u, where u is Adam's step plus decoupled weight decay and trust = |w| / |u|:
 how far a tensor moves depends on its own size. A tied tensor is one tensor. As in NVIDIA's Transformer-XL, the moments are not
 corrected for their bias by default, |w| counts up to 10, and trust is 1 where |w| or |u| is 0 (so biases, which start at 0, do move).
+NVIDIA's code of 2019 had a trust of 0 there.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Lamb(torch.optim.Optimizer):
         weight_decay: decoupled; applies to every tensor.
         max_weight_norm: |w| counts at most this much.
         bias_correction: divide the moments by 1 - beta**step as Adam does.
+        trust_at_zero: trust where |w| or |u| is 0: 1 lets a tensor of zeros move, 0 never does.
         foreach: compute all tensors together (few, large kernels) rather than one after the other; the result is the same.
 
     Raises:
@@ -43,9 +45,16 @@ class Lamb(torch.optim.Optimizer):
         *,
         max_weight_norm: float = 10.0,
         bias_correction: bool = False,
+        trust_at_zero: float = 1.0,
         foreach: bool = True,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("max_weight_norm", max_weight_norm)):
+        for name, value in (
+            ("lr", lr),
+            ("eps", eps),
+            ("weight_decay", weight_decay),
+            ("max_weight_norm", max_weight_norm),
+            ("trust_at_zero", trust_at_zero),
+        ):
             if not 0.0 <= value < float("inf"):
                 raise ConfigError(f"`{name}` must be 0 or more, but is {value} instead.")
         if not all(0.0 <= beta < 1.0 for beta in betas):
@@ -60,6 +69,7 @@ class Lamb(torch.optim.Optimizer):
             "foreach": foreach,
             "step": 0,
         }
+        self._trust_at_zero = trust_at_zero  # no entry of the groups, which a checkpoint of before it lacks
         super().__init__(params, defaults)
 
     @overload
@@ -110,7 +120,7 @@ class Lamb(torch.optim.Optimizer):
         weight_norm = weight.norm().clamp(max=group["max_weight_norm"])
         update_norm = update.norm()
         moves = (weight_norm > 0) & (update_norm > 0)
-        trust = torch.where(moves, weight_norm / (update_norm + group["eps"]), torch.ones_like(weight_norm))
+        trust = torch.where(moves, weight_norm / (update_norm + group["eps"]), torch.full_like(weight_norm, self._trust_at_zero))
         weight.sub_(update * trust * group["lr"])
 
     def _step_together(self, group: dict[str, Any], weights: list[Tensor]) -> None:
@@ -133,7 +143,7 @@ class Lamb(torch.optim.Optimizer):
         weight_norms = torch.stack(list(torch._foreach_norm(weights))).clamp(max=group["max_weight_norm"])
         update_norms = torch.stack(list(torch._foreach_norm(updates)))
         moves = (weight_norms > 0) & (update_norms > 0)
-        trusts = torch.where(moves, weight_norms / (update_norms + group["eps"]), torch.ones_like(weight_norms))
+        trusts = torch.where(moves, weight_norms / (update_norms + group["eps"]), torch.full_like(weight_norms, self._trust_at_zero))
         torch._foreach_mul_(updates, list((trusts * group["lr"]).unbind()))
         torch._foreach_sub_(weights, updates)
 
