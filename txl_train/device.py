@@ -1,8 +1,16 @@
-"""Where to compute: from the word in the settings to a device that is there. Imports PyTorch only when it is asked."""
+"""Where to compute: from the words in the settings to devices that are there. Imports PyTorch only when it is asked."""
 
 from __future__ import annotations
 
-from txl_train.errors import EnvironmentUnfitError
+from typing import TYPE_CHECKING
+
+from txl_train.config import TrainConfig
+from txl_train.errors import EnvironmentUnfitError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from txl_train.distributed import World
 
 
 def resolve_device(device: str) -> str:
@@ -21,3 +29,34 @@ def resolve_device(device: str) -> str:
             remedy="Use `--device cpu`, or run `txl doctor` to see what is missing.",
         )
     return "cuda:0" if device == "cuda" else device
+
+
+def devices_of(train: TrainConfig, world: World) -> list[torch.device]:
+    """Return the devices that this process trains on; several only with `multi_gpu` dp.
+
+    Raises:
+        UsageError: `multi_gpu` and the processes contradict each other.
+        EnvironmentUnfitError: there is no such device.
+    """
+    import torch
+
+    device = torch.device(resolve_device(train.device))
+    if train.gpu0_bsz is not None and train.multi_gpu != "dp":
+        raise UsageError("`--gpu0-bsz` is the share of the first GPU in `--multi-gpu dp`.", remedy="Add `--multi-gpu dp`, or leave it out.")
+    if train.multi_gpu == "dp" and world.size > 1:
+        raise UsageError(
+            f"`--multi-gpu dp` is one process for all GPUs, but there are {world.size} processes.", remedy="Use `--multi-gpu ddp`."
+        )
+    if device.type != "cuda":
+        return [device]
+    if train.multi_gpu == "dp":
+        return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    if world.size > 1:
+        if world.local_rank >= torch.cuda.device_count():
+            raise EnvironmentUnfitError(
+                f"Process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}.",
+                remedy="Start no more processes than there are GPUs: `torchrun --nproc-per-node`.",
+            )
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    return [device]

@@ -10,9 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,25 +34,24 @@ from txl_train.callbacks import (
     kept_checkpoints,
 )
 from txl_train.checkpoint import Checkpoint, load_checkpoint, load_model
-from txl_train.config import Compat, DataConfig, MemoryKind, ModelConfig, RunConfig, SameLengthRule, TrainConfig, to_dict
+from txl_train.config import Compat, DataConfig, ModelConfig, RunConfig, SameLengthRule, TrainConfig, to_dict
 from txl_train.data import pydoc
 from txl_train.data.corpus import Corpus, load_corpus
 from txl_train.data.datasets import default_cutoffs, default_tie_projections, get_dataset
 from txl_train.data.layouts import NEWLINE_TOKEN
-from txl_train.data.segments import SegmentIterator
 from txl_train.data.vocabulary import Vocabulary
-from txl_train.device import resolve_device
+from txl_train.device import devices_of
 from txl_train.distributed import World, join
-from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError, TxlError, UsageError, ValidationError
-from txl_train.evaluate import EvalResult, ModelStepper, Stepper, evaluate
+from txl_train.errors import ConfigError, DataError, TxlError, UsageError, ValidationError
+from txl_train.evaluate import EvalResult
 from txl_train.flops import forward_flops_per_token, measured_peak_flops, training_flops_per_token
 from txl_train.metrics import perplexity
-from txl_train.model.inference import with_lengths
 from txl_train.model.transformer_xl import TransformerXL
-from txl_train.protocols import NVIDIA, NvidiaSegments, UnevenStepper, own_streams
 from txl_train.records import LOG_NAME, METRICS_NAME, RunRecord, end_line, nll_figure, result_figures
 from txl_train.settings import Resolved
 from txl_train.trainer import Trainer
+from txl_train.validation import Scorer, evaluation_config
+from txl_train.work_folder import work_folder
 
 log = logging.getLogger(__name__)
 
@@ -187,12 +184,12 @@ def train(
     config = resolved.config
     if continue_from is not None:
         _check_unchanged(continue_from, config)
-    devices = _devices(config.train, world)
+    devices = devices_of(config.train, world)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     in_place = in_place and continue_from is not None
-    with join(world, devices[0]), _work_folder(config, world, may_hold_a_run=in_place or overwrite) as folder:
+    with join(world, devices[0]), work_folder(config, world, may_hold_a_run=in_place or overwrite) as folder:
         return _train(
             resolved,
             continue_from=continue_from,
@@ -248,7 +245,7 @@ def _train(
     world.wait()
     if kept_folder is not None and not (folder / BEST_NAME).exists():  # a best score without its weights is worth nothing
         trainer.progress.best_valid_nll = trainer.progress.best_step = None
-    score = _Scorer(evaluation_config(model_config, config.train), config.train, devices[0], world)
+    score = Scorer(evaluation_config(model_config, config.train), config.train, devices[0], world)
     char = corpus.vocabulary.unit in ("char", "byte")
     record = RunRecord(
         kept_folder,
@@ -259,6 +256,8 @@ def _train(
         first_step=trainer.progress.step,
     )
     with contextlib.closing(record):
+        for line in resolved.table().splitlines():
+            record.say(line)
         work = _work(trainer, corpus, len(devices))
         _record_start(record, trainer, corpus, work, folder=kept_folder, continuing=continue_from is not None)
         for line in resolved.differences:
@@ -309,60 +308,6 @@ def _train(
         data_folder=corpus.directory,
         processes=world.size,
     )
-
-
-@dataclass(frozen=True)
-class _Scorer:
-    """Scores a text the way evaluation during training does, in fp32."""
-
-    config: ModelConfig
-    train: TrainConfig
-    device: torch.device
-    world: World
-
-    def __call__(
-        self,
-        model: TransformerXL,
-        ids: npt.NDArray[Any],
-        *,
-        max_segments: int | None = None,
-        on_step: Callable[[int], None] | None = None,
-    ) -> EvalResult:
-        train, config, compat = self.train, self.config, self.train.compat
-        batch_size, tgt_len = train.eval_batch_size, train.eval_tgt_len
-        model.eval()
-        stepper: Stepper = self._stepper(model, tgt_len, config)
-        segments: SegmentIterator | NvidiaSegments
-        if compat is None:
-            streams = self.world.share(batch_size)
-            segments = SegmentIterator(ids, batch_size=batch_size, tgt_len=tgt_len, ext_len=config.ext_len, streams=streams)
-        else:
-            warm_up = -(-config.mem_len // tgt_len) * tgt_len if NVIDIA[compat].warms_up else 0
-            segments = NvidiaSegments(
-                ids,
-                batch_size=batch_size,
-                tgt_len=tgt_len,
-                ext_len=config.ext_len,
-                warm_up_len=warm_up,
-                columns=own_streams(compat, batch_size, self.world),
-                max_segments=max_segments,
-            )
-            lengths = segments.lengths_to_continue() if config.attn_type in ("sinusoidal", "learned") else set()
-            others = {length: self._stepper(model, length, with_lengths(config, ext_len=0)) for length in lengths}
-            stepper = UnevenStepper(stepper, others, tgt_len=tgt_len, ext_len=config.ext_len)
-        return evaluate(
-            stepper,
-            segments,
-            batch_size=segments.batch_size,
-            device=self.device,
-            max_segments=max_segments,
-            on_step=on_step,
-            world=self.world,
-        )
-
-    def _stepper(self, model: TransformerXL, tgt_len: int, config: ModelConfig) -> ModelStepper:
-        memory: MemoryKind = "kv" if config.attn_type in ("relative", "shaw") else "hidden"
-        return ModelStepper(model, tgt_len=tgt_len, memory=memory, config=config)
 
 
 def open_corpus(config: DataConfig, work_dir: Path, compat: Compat | None = None) -> Corpus:
@@ -444,71 +389,9 @@ def complete_model_config(run: RunConfig, corpus: Corpus) -> ModelConfig:
     )
 
 
-def evaluation_config(config: ModelConfig, train: TrainConfig) -> ModelConfig:
-    """Return the model's configuration for evaluation during training: as in NVIDIA's code, the reach stays that of training.
-
-    Memory and segment together are as long as in training: mem_len + tgt_len - eval_tgt_len positions of memory; without memory, none.
-    """
-    mem_len = max(0, config.mem_len + train.tgt_len - train.eval_tgt_len) if config.mem_len else 0
-    return with_lengths(config, mem_len=mem_len)
-
-
 def n_parameters(model: TransformerXL) -> int:
     """Number of weights; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-@contextlib.contextmanager
-def _work_folder(config: RunConfig, world: World, *, may_hold_a_run: bool) -> Iterator[Path]:
-    """Yield the work folder, made by the first process; in debug mode one that vanishes at the end."""
-    if config.train.debug:
-        with tempfile.TemporaryDirectory(prefix="txl-debug-") as temporary:
-            yield Path(temporary)
-        return
-    folder = named_work_dir(config, world.largest(int(time.time())))
-    if world.is_main:
-        _make_folder(folder, may_hold_a_run=may_hold_a_run)
-    world.wait()
-    yield folder
-
-
-def named_work_dir(config: RunConfig, started: float) -> Path:
-    """Return the path of the work folder with what `append_dataset` and `append_time` add to it; `started` in seconds since 1970."""
-    folder = Path(config.train.work_dir)
-    if config.train.append_dataset:
-        folder = folder.with_name(f"{folder.name}-{config.data.dataset}")
-    if config.train.append_time:
-        folder = folder / time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
-    return folder
-
-
-def _devices(train: TrainConfig, world: World) -> list[torch.device]:
-    """The devices of this process.
-
-    Raises:
-        UsageError: `multi_gpu` and the processes contradict each other.
-        EnvironmentUnfitError: there is no such device.
-    """
-    device = torch.device(resolve_device(train.device))
-    if train.gpu0_bsz is not None and train.multi_gpu != "dp":
-        raise UsageError("`--gpu0-bsz` is the share of the first GPU in `--multi-gpu dp`.", remedy="Add `--multi-gpu dp`, or leave it out.")
-    if train.multi_gpu == "dp" and world.size > 1:
-        raise UsageError(
-            f"`--multi-gpu dp` is one process for all GPUs, but there are {world.size} processes.", remedy="Use `--multi-gpu ddp`."
-        )
-    if device.type != "cuda":
-        return [device]
-    if train.multi_gpu == "dp":
-        return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-    if world.size > 1:
-        if world.local_rank >= torch.cuda.device_count():
-            raise EnvironmentUnfitError(
-                f"Process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}.",
-                remedy="Start no more processes than there are GPUs: `torchrun --nproc-per-node`.",
-            )
-        device = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)
-    return [device]
 
 
 def _take_weights(model: TransformerXL, corpus: Corpus, path: Path) -> None:
@@ -539,23 +422,6 @@ def _work(trainer: Trainer, corpus: Corpus, n_devices: int) -> Work | None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[train.dtype]
     (peak,) = trainer.world.sum([n_devices * measured_peak_flops(trainer.device, dtype)])
     return Work(flops, peak)
-
-
-def _make_folder(folder: Path, *, may_hold_a_run: bool) -> None:
-    """Make the work folder, or see to it that no run in it is lost by mistake."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UsageError(f"The work folder {folder} is a file.", remedy="Choose another with `--work-dir`.") from None
-    except OSError as error:
-        raise EnvironmentUnfitError(
-            f"The work folder {folder} cannot be made: {error.strerror}.", remedy="Choose another with `--work-dir`."
-        ) from error
-    if not may_hold_a_run and any((folder / name).exists() for name in (LAST_NAME, BEST_NAME)):
-        raise UsageError(
-            f"{folder} holds a trained model already.",
-            remedy="Continue it with `--resume`, train in another `--work-dir`, or begin anew with `--overwrite`, which deletes it.",
-        )
 
 
 def _check_unchanged(checkpoint: Checkpoint, config: RunConfig) -> None:

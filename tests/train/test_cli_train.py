@@ -19,7 +19,7 @@ import pytest
 
 from txl_deploy.cli.main import main
 from txl_deploy.cli.train import command
-from txl_train import run as runs
+from txl_train import validation
 from txl_train.callbacks import StepReport
 from txl_train.config import SECTIONS, field_docs
 from txl_train.trainer import Trainer
@@ -377,8 +377,8 @@ def test_ctrl_c_in_the_last_evaluation_saves_and_exits_with_130(
         os.kill(os.getpid(), signal.SIGINT)
         return evaluate(*arguments, **keywords)
 
-    evaluate = runs.evaluate
-    monkeypatch.setattr(runs, "evaluate", evaluate_and_interrupt)
+    evaluate = validation.evaluate
+    monkeypatch.setattr(validation, "evaluate", evaluate_and_interrupt)
 
     assert main(["train", *SMALL, "--data", str(text_folder), "--work-dir", str(tmp_path / "W"), *end, "--json"]) == 130
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +170,31 @@ def test_streams_that_cannot_be_shared_equally_name_a_batch_size_that_can() -> N
 def test_places_that_contradict_each_other_are_refused(environment: dict[str, str]) -> None:
     with pytest.raises(UsageError, match=r"RANK"):
         world_of(environment)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_finish_the_step_and_save_when_it_is_told_to_stop(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "W"
+    given = settings | {"max_step": 100_000, "log_interval": 1, "eval_interval": 100_000, "work_dir": str(folder), "cutoffs": "20,40"}
+    options = [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
+    txl = [sys.executable, "-c", "import sys; from txl_deploy.cli.main import main; sys.argv[0] = 'txl'; sys.exit(main())"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command = [*launcher, "--rdzv-endpoint", "127.0.0.1:0", "--no-python", *txl, "train", *options]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as process:
+        record = folder / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (record.exists() and '"step": 3' in record.read_text(encoding="utf-8")):
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline, "nothing was trained in two minutes"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+
+    assert "(sigterm)" in out
+    saved = load_checkpoint(folder / "checkpoint_last.pt")
+    steps = [json.loads(line)["step"] for line in record.read_text(encoding="utf-8").splitlines()]
+    assert saved.progress["step"] == steps[-1] >= 3
+    assert saved.training is not None
+    assert len(saved.training["rng"]) == 2

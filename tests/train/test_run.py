@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from txl_train import callbacks as events
-from txl_train import run as runs
+from txl_train import validation
 from txl_train.callbacks import StepReport
 from txl_train.checkpoint import load_checkpoint, load_model, save_checkpoint
 from txl_train.config import ModelConfig, RunConfig, TrainConfig
@@ -27,9 +27,10 @@ from txl_train.data.segments import SegmentIterator
 from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError, UsageError, ValidationError
 from txl_train.evaluate import EvalResult
 from txl_train.optim.schedules import Schedule
-from txl_train.run import complete_model_config, evaluation_config, train
+from txl_train.run import complete_model_config, train
 from txl_train.settings import Resolved, resolve
 from txl_train.trainer import Trainer
+from txl_train.validation import evaluation_config
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(
 ) -> None:
     losses = iter([5.0, 3.0, 4.0, 3.5, 9.0])  # at steps 2, 4, 6, 8, and on test.txt
     monkeypatch.setattr(
-        runs, "evaluate", lambda *_, **__: EvalResult(nll_nats_sum=10 * next(losses), n_tokens=10, n_segments=1, seconds=1.0)
+        validation, "evaluate", lambda *_, **__: EvalResult(nll_nats_sum=10 * next(losses), n_tokens=10, n_segments=1, seconds=1.0)
     )
 
     result = train(resolved_from(settings, eval_interval=2, max_step=8))
@@ -182,8 +183,8 @@ def test_a_signal_within_an_evaluation_cuts_it_short_and_saves(
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments, on_step=on_step, **keywords)
 
-    evaluate = runs.evaluate
-    monkeypatch.setattr(runs, "evaluate", evaluate_and_interrupt)
+    evaluate = validation.evaluate
+    monkeypatch.setattr(validation, "evaluate", evaluate_and_interrupt)
 
     result = train(resolved_from(settings))
 
@@ -202,8 +203,8 @@ def test_a_signal_counts_also_where_the_run_was_about_to_end_anyway(
         os.kill(os.getpid(), signal.SIGINT)
         return evaluate(*arguments, on_step=count, **keywords)
 
-    evaluate = runs.evaluate
-    monkeypatch.setattr(runs, "evaluate", evaluate_and_interrupt)
+    evaluate = validation.evaluate
+    monkeypatch.setattr(validation, "evaluate", evaluate_and_interrupt)
     for at_the_end in ({"max_minutes": 1e-6}, {"max_step": 1}):
         done: list[int] = []
 
@@ -229,7 +230,7 @@ def test_whatever_ends_an_evaluation_the_steps_before_it_are_saved(
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the second signal should have raised")
 
-    monkeypatch.setattr(runs, "evaluate", interrupt_twice)
+    monkeypatch.setattr(validation, "evaluate", interrupt_twice)
 
     with pytest.raises(KeyboardInterrupt):
         train(resolved_from(settings, **changes))
@@ -246,8 +247,8 @@ def test_evaluation_does_not_count_as_training_time(settings: dict[str, Any], tm
         time.sleep(1.0)
         return evaluate(*arguments, **keywords)
 
-    evaluate = runs.evaluate
-    monkeypatch.setattr(runs, "evaluate", evaluate_slowly)
+    evaluate = validation.evaluate
+    monkeypatch.setattr(validation, "evaluate", evaluate_slowly)
 
     result = train(resolved_from(settings, max_step=2, eval_interval=2))
 
@@ -568,7 +569,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(
         on_step(1)
         raise AssertionError("the evaluation should have been cut short")
 
-    monkeypatch.setattr(runs, "evaluate", interrupt)
+    monkeypatch.setattr(validation, "evaluate", interrupt)
     stopped = train(resolved_from(settings))
     monkeypatch.undo()
     assert (stopped.ending, stopped.progress.step) == ("sigterm", 5)

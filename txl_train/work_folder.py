@@ -1,0 +1,55 @@
+"""The folder a run works in: what it is called, and that no run in it is lost by mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from txl_train.callbacks import BEST_NAME, LAST_NAME
+from txl_train.config import RunConfig
+from txl_train.distributed import World
+from txl_train.errors import EnvironmentUnfitError, UsageError
+
+
+@contextlib.contextmanager
+def work_folder(config: RunConfig, world: World, *, may_hold_a_run: bool) -> Iterator[Path]:
+    """Yield the work folder, made by the first process; in debug mode one that vanishes at the end."""
+    if config.train.debug:
+        with tempfile.TemporaryDirectory(prefix="txl-debug-") as temporary:
+            yield Path(temporary)
+        return
+    folder = named_work_dir(config, world.largest(int(time.time())))
+    if world.is_main:
+        _make_folder(folder, may_hold_a_run=may_hold_a_run)
+    world.wait()
+    yield folder
+
+
+def named_work_dir(config: RunConfig, started: float) -> Path:
+    """Return the path of the work folder with what `append_dataset` and `append_time` add to it; `started` in seconds since 1970."""
+    folder = Path(config.train.work_dir)
+    if config.train.append_dataset:
+        folder = folder.with_name(f"{folder.name}-{config.data.dataset}")
+    if config.train.append_time:
+        folder = folder / time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
+    return folder
+
+
+def _make_folder(folder: Path, *, may_hold_a_run: bool) -> None:
+    """Make the work folder, or see to it that no run in it is lost by mistake."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"The work folder {folder} is a file.", remedy="Choose another with `--work-dir`.") from None
+    except OSError as error:
+        raise EnvironmentUnfitError(
+            f"The work folder {folder} cannot be made: {error.strerror}.", remedy="Choose another with `--work-dir`."
+        ) from error
+    if not may_hold_a_run and any((folder / name).exists() for name in (LAST_NAME, BEST_NAME)):
+        raise UsageError(
+            f"{folder} holds a trained model already.",
+            remedy="Continue it with `--resume`, train in another `--work-dir`, or begin anew with `--overwrite`, which deletes it.",
+        )
