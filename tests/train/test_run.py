@@ -577,3 +577,39 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(
     train(resolve(environment={}, stored=checkpoint.settings), continue_from=checkpoint)
 
     assert [record["step"] for record in read_metrics(tmp_path / "W") if record["kind"] == "valid"] == [5, 10, 12]
+
+
+# Options that are seen nowhere else
+
+
+def test_evaluation_may_stop_early_and_read_in_its_own_portions(settings: dict[str, Any], tmp_path: Path) -> None:
+    result = train(resolved_from(settings, max_step=2, eval_max_steps=3, eval_batch_size=2, eval_tgt_len=7))
+
+    assert result.valid is not None
+    assert (result.valid.n_segments, result.valid.n_tokens) == (3, 3 * 2 * 7)
+    assert (result.eval_tgt_len, result.eval_mem_len) == (7, 4)  # as far back as in training: 6 + 5 - 7
+
+
+@pytest.mark.parametrize(("tf32", "precision"), [(False, "highest"), (True, "high")])
+def test_products_are_rounded_to_tf32_only_if_asked(settings: dict[str, Any], tmp_path: Path, tf32: bool, precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        train(resolved_from(settings, max_step=1, tf32=tf32))
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    log = (tmp_path / "W" / "train_log.log").read_text(encoding="utf-8")
+    assert ("in fp32 with TF32 products" in log) == tf32
+
+
+def test_the_log_begins_with_every_setting_and_its_origin(settings: dict[str, Any], tmp_path: Path) -> None:
+    train(resolved_from(settings, max_step=1))
+    log = (tmp_path / "W" / "train_log.log").read_text(encoding="utf-8")
+    assert re.search(r"train\.tgt_len +5 +command line", log)
+    assert re.search(r"optim\.clip +0\.25 +default", log)
+    assert log.count(" - INFO - ") > len(resolved_from(settings).origin)
+
+
+def test_lines_are_written_as_often_as_asked(settings: dict[str, Any], tmp_path: Path) -> None:
+    train(resolved_from(settings, max_step=7, log_interval=2))
+    assert [record["step"] for record in read_metrics(tmp_path / "W") if record["kind"] == "train"] == [2, 4, 6, 7]
