@@ -17,7 +17,8 @@ CORNERS = {
     "onnx": ("txl_deploy/export/", "txl_deploy/cli/inspect.py"),
     "onnxscript": ("txl_deploy/export/",),
     "onnxruntime": ("txl_deploy/runtimes/onnxrt.py",),
-    "sacremoses": ("txl_train/data/tokenizers.py",),
+    "sacremoses": ("txl_train/data/tokenizers.py", "txl_train/protocols.py"),
+    "tiktoken": ("txl_train/data/bpe.py",),
     "matplotlib": ("txl_deploy/bench/plots.py",),
     "jinja2": ("txl_deploy/bench/report.py",),
     "yaml": ("txl_train/settings.py",),
@@ -55,6 +56,16 @@ LOWER = {
     "txl_train/data/": ("txl_train.data", "txl_train.errors", "txl_train.config", "txl_train.files"),
     "txl_train/model/": ("txl_train.model", "txl_train.errors", "txl_train.config", "txl_train.metrics"),
     "txl_train/optim/": ("txl_train.optim", "txl_train.errors", "txl_train.config"),
+    "txl_train/interop/": (
+        "txl_train.interop",
+        "txl_train.checkpoint",
+        "txl_train.model",
+        "txl_train.data",
+        "txl_train.metrics",
+        "txl_train.config",
+        "txl_train.files",
+        "txl_train.errors",
+    ),
     "txl_deploy/manifest.py": ("txl_train.errors", "txl_train.config", "txl_train.files"),
     "txl_deploy/signature.py": ("txl_train.errors", "txl_train.config", "txl_train.model"),
 }
@@ -144,7 +155,7 @@ def test_nothing_below_imports_the_command_line(file: str) -> None:
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("txl_deploy/cli/")])
 def test_a_command_imports_heavy_packages_when_it_is_called(file: str) -> None:
-    heavy = {"torch", "numpy", "onnx", "onnxruntime", "matplotlib", "rich", "yaml", "sacremoses"}
+    heavy = {"torch", "numpy", "onnx", "onnxruntime", "matplotlib", "rich", "yaml", "sacremoses", "tiktoken"}
     assert not {module for module in top_level_imports_of(file) if module.partition(".")[0] in heavy}
 
 

@@ -36,6 +36,7 @@ _COMMENT_PREFIX = b"txl-sha256:"
 _COMMENT_BYTES = len(_COMMENT_PREFIX) + 64
 _CHUNK_BYTES = 1 << 20
 _WRITE_AGAIN = "Use another checkpoint of the run, or train again."
+_IMPORT = "A checkpoint of NVIDIA, of the authors or of Hugging Face becomes one of txl with `txl import`."
 
 
 @dataclass(frozen=True)
@@ -214,10 +215,10 @@ def _check_digest(file: BinaryIO, path: Path) -> str:
     if start != b"PK":
         raise CheckpointError(
             f"{path} is no checkpoint of txl, or its beginning is damaged.",
-            remedy="Give a file that `txl train` wrote: checkpoint_best.pt, say.",
+            remedy=f"Give a file that `txl train` wrote: checkpoint_best.pt, say. {_IMPORT}",
         )
     if not comment.startswith(_COMMENT_PREFIX) or length != _COMMENT_BYTES.to_bytes(2, "little"):
-        raise CheckpointError(f"{path} is no checkpoint of txl, or its end is missing or damaged.", remedy=_WRITE_AGAIN)
+        raise CheckpointError(f"{path} is no checkpoint of txl, or its end is missing or damaged.", remedy=f"{_WRITE_AGAIN} {_IMPORT}")
     file.seek(0)
     digest = _digest(file, size - _COMMENT_BYTES - 2)
     whole = digest.copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from txl_train.config import TrainConfig
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from txl_train.distributed import World
+
+log = logging.getLogger(__name__)
 
 
 def resolve_device(device: str) -> str:
@@ -51,6 +54,11 @@ def devices_of(train: TrainConfig, world: World) -> list[torch.device]:
         return [device]
     if train.multi_gpu == "dp":
         return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    if train.multi_gpu == "ddp" and world.size == 1 and torch.cuda.device_count() > 1:
+        log.warning(
+            "`--multi-gpu ddp` takes a process for each GPU, but this is one alone: start `torchrun --nproc-per-node %d --no-python txl train`.",
+            torch.cuda.device_count(),
+        )
     if world.size > 1:
         if world.local_rank >= torch.cuda.device_count():
             raise EnvironmentUnfitError(

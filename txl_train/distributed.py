@@ -108,7 +108,7 @@ def join(world: World, device: torch.device) -> Iterator[None]:
     """Meet the other processes: NCCL between GPUs, gloo between CPUs. Leaves the group at the end, also after an error.
 
     Raises:
-        EnvironmentUnfitError: they cannot be met.
+        EnvironmentUnfitError: they cannot be met, or one of them ends while this one waits for it.
     """
     if world.size == 1 or torch.distributed.is_initialized():
         yield
@@ -123,5 +123,12 @@ def join(world: World, device: torch.device) -> Iterator[None]:
         ) from error
     try:
         yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise EnvironmentUnfitError(
+            f"Process {world.rank} of {world.size} has lost the others: {str(error).splitlines()[0]}",
+            remedy="One of them has ended and says why. What was saved before can be continued with `--resume`.",
+        ) from error
     finally:
         torch.distributed.destroy_process_group()

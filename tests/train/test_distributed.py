@@ -18,7 +18,7 @@ import torch
 from tests.processes import in_processes
 from txl_train.checkpoint import load_checkpoint
 from txl_train.distributed import World, join, world_of
-from txl_train.errors import UsageError
+from txl_train.errors import EnvironmentUnfitError, UsageError
 from txl_train.run import train
 from txl_train.settings import Resolved, resolve
 
@@ -152,6 +152,25 @@ def test_processes_exchange_sums_tensors_and_the_largest_number() -> None:
         assert sums == [2.0, 11.0]
         assert gathered == [[0, 7], [1, 7]]
         assert largest == 5
+
+
+def end_or_wait() -> str:
+    world = world_of()
+    try:
+        with join(world, torch.device("cpu")):
+            if world.is_main:
+                raise UsageError("something is wrong here only")
+            world.wait()
+    except (UsageError, EnvironmentUnfitError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing happened"
+
+
+def test_a_process_whose_partner_ends_says_so() -> None:
+    first, second = in_processes(2, end_or_wait)
+    assert first == "UsageError: something is wrong here only"
+    assert second.startswith("EnvironmentUnfitError: Process 1 of 2 has lost the others")
+    assert "--resume" in second
 
 
 def test_one_process_alone_needs_no_exchange() -> None:
