@@ -56,7 +56,7 @@ def devices_of(train: TrainConfig, world: World) -> list[torch.device]:
         return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     if train.multi_gpu == "ddp" and world.size == 1 and torch.cuda.device_count() > 1:
         log.warning(
-            "`--multi-gpu ddp` takes a process for each GPU, but this is one alone: start `torchrun --nproc-per-node %d --no-python txl train`.",
+            "`--multi-gpu ddp` takes a process for each GPU, but this is alone: use `torchrun --nproc-per-node %d --no-python txl`.",
             torch.cuda.device_count(),
         )
     if world.size > 1:
