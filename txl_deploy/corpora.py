@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from txl_train.data.corpus import Corpus, default_cache_dir, encode_text, load_corpus
 from txl_train.data.datasets import get_dataset
-from txl_train.data.tokenizers import raw_lines
+from txl_train.data.tokenizers import raw_lines, subword_lines
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import DataError, UsageError
 
@@ -45,13 +45,17 @@ def open_corpus(model_data: ModelData, *, dataset: str | None, data: Path | None
 def encode_manual(model_data: ModelData, texts: Sequence[str], *, dataset: str | None) -> tuple[npt.NDArray[np.int64], int]:
     """Tokenise raw text the way the data set was built; return its ids (int64), and how many of its tokens the vocabulary lacks.
 
+    For a model of subwords, the tokens are cut further into these, which lack nothing.
+
     Raises:
         DataError: fewer than two tokens, so that none has a predecessor to be predicted from.
     """
     spec = get_dataset(dataset or model_data.dataset)
-    lines = raw_lines(" ".join(texts), spec.name)
+    subwords = model_data.vocabulary.unit == "subword"
+    text = " ".join(texts)
+    lines = subword_lines(text, spec) if subwords else raw_lines(text, spec.name)
     ids = encode_text(lines, spec, model_data.vocabulary)
-    n_unknown = sum(token not in model_data.vocabulary for line in lines for token in line.split())
+    n_unknown = 0 if subwords else sum(token not in model_data.vocabulary for line in lines for token in line.split())
     if len(ids) < 2:
         raise DataError("The text has fewer than two tokens, so there is nothing to predict.", remedy="Give more text to `--manual`.")
     return ids, n_unknown

@@ -1,28 +1,18 @@
-"""A folder of text as token ids: reads the files by their data set's rules, builds the vocabulary, keeps the ids on disk.
+"""A folder of text as token ids: builds the vocabulary, keeps the ids on disk.
 
-Knows how each layout is written:
+The ids are computed once and then memory-mapped. The cache is keyed by the text's hash, the tokenizer's version and the vocabulary's hash.
+Counting the vocabulary and encoding the text it is counted on are one pass (`txl_train.data.scan`); several processes that ask for the
+same text at once wait for the first.
 
-- words: tokens separated by blanks; every line, also an empty one, ends with `<eos>`; case is kept.
-- text8: one-character tokens separated by blanks, `_` for a blank, line breaks mean nothing (what prep_text8 writes); or raw: the
-  letters a-z and blanks, no line break inside.
-- enwik8: decimal byte values separated by blanks, a line break for byte 10 (what prep_enwik8 writes); or raw bytes.
-
-Prepared or raw is decided on the first 64 KiB of each file, see `detect_form`; a file that could be either is an error.
-
-The ids are computed once and then memory-mapped. The cache is keyed by the text's hash, the tokenizer's version and the vocabulary's
-hash, so a changed text never meets old ids, and every opened entry is checked (size, header, checksum of the ids): a damaged one is
-built anew. Leaves batches to `txl_train.data.segments` and raw prose to `txl_train.data.tokenizers`.
+Leaves how files are written to `txl_train.data.layouts`, the files of the cache to `txl_train.data.idcache`, batches to
+`txl_train.data.segments` and raw prose to `txl_train.data.tokenizers`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,54 +20,54 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from txl_train.data.datasets import EOS, SPLITS, DatasetSpec, check_folder
+from txl_train.data import bpe
+from txl_train.data.datasets import SPLITS, UNK, DatasetSpec, check_folder
+from txl_train.data.idcache import (
+    Entry,
+    IdArray,
+    IdCacheKey,
+    default_cache_dir,
+    digest,
+    one_at_a_time,
+    open_entry,
+    remedy_of_cache,
+    write_entry,
+)
+from txl_train.data.layouts import NEWLINE_TOKEN, Rule, check_symbols, line_of, rule_of, shortened, tokenizer_id, unreadable
+from txl_train.data.scan import DROPPED, TextScan, scan_text
 from txl_train.data.vocabulary import MISSING, Vocabulary
 from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError, nearest
-from txl_train.files import file_sha256, whole_or_absent
+from txl_train.files import file_sha256
 
-IdArray = npt.NDArray[np.integer[Any]]
-Form = Literal["prepared", "raw"]
+__all__ = ["Corpus", "IdArray", "check_vocabulary", "default_cache_dir", "encode_text", "load_corpus"]
 
-CHUNK_CHARS = 1 << 20
-"""Characters read at a time: bounds the memory that counting and encoding take."""
-SAMPLE_BYTES = 1 << 16
-"""Bytes of a text8 or enwik8 file on which its form is decided."""
+VocabKind = Literal["word", "bpe"]
 
-TEXT8_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
-BYTE_TOKENS: tuple[str, ...] = tuple(str(value) for value in range(256))
-NEWLINE_TOKEN = "10"
-"""The byte 10 as a token of enwik8."""
-
-
-def default_cache_dir() -> Path:
-    """Return the folder of the token cache: TXL_CACHE_DIR, else XDG_CACHE_HOME/txl, else ~/.cache/txl."""
-    if folder := os.environ.get("TXL_CACHE_DIR"):
-        return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "txl"
-
-
-# --- the corpus --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One split's ids, mapped, with what the cache's header says of them."""
-
-    ids: IdArray
-    n_unknown: int
+_LEFT_OUT = -2
+"""As a symbol's id: neither an id nor `MISSING`."""
+_OTHER_DATASET = "Give the data set that the model was trained on with `--dataset`."
 
 
 class Corpus:
     """The splits of one folder as token ids. A split's text is read when it is first asked for; made by `load_corpus`."""
 
-    def __init__(self, directory: Path, spec: DatasetSpec, vocabulary: Vocabulary, *, cache_dir: Path, sha256s: dict[str, str]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        spec: DatasetSpec,
+        vocabulary: Vocabulary,
+        *,
+        cache_dir: Path,
+        hashes: Mapping[str, _Hashed] | None = None,
+        processes: int | None = None,
+    ) -> None:
         self.directory = directory
         self.spec = spec
         self.vocabulary = vocabulary
         self._cache_dir = cache_dir
-        self._sha256s = dict(sha256s)
-        self._entries: dict[str, _Entry] = {}
+        self._hashes = dict(hashes or {})
+        self._processes = processes
+        self._entries: dict[str, Entry] = {}
 
     def ids(self, split: str) -> IdArray:
         """Return the ids of a split, [N], read-only and memory-mapped: uint16 for up to 65,536 tokens in the vocabulary, else int32.
@@ -88,8 +78,15 @@ class Corpus:
         return self._entry(split).ids
 
     def n_tokens(self, split: str) -> int:
-        """Return the number of tokens of a split, `<eos>` included."""
+        """Return the number of tokens of a split, those that end lines included."""
         return len(self._entry(split).ids)
+
+    def n_words(self, split: str) -> int | None:
+        """Return the number of words and line ends of a split, whatever its tokens are; None for a text of characters or bytes.
+
+        The sum of a text's nll over its subwords, divided by this number, gives a perplexity per word.
+        """
+        return self._entry(split).n_words
 
     def oov(self, split: str) -> int:
         """Return how many tokens of a split the vocabulary lacks and `<unk>` stands for; `<unk>` written in the text is not among them."""
@@ -97,9 +94,9 @@ class Corpus:
 
     def sha256(self, split: str) -> str:
         """Return the hash of a split's text file, hexadecimal."""
-        if split not in self._sha256s:
-            self._sha256s[split] = _text_sha256(self._path(split))
-        return self._sha256s[split]
+        if split not in self._hashes:
+            self._hashes[split] = _hashed(self._path(split))
+        return self._hashes[split].sha256
 
     def _path(self, split: str) -> Path:
         if split not in self.spec.files:
@@ -108,23 +105,29 @@ class Corpus:
             )
         return check_folder(self.directory, self.spec, [split])[split]
 
-    def _entry(self, split: str) -> _Entry:
+    def _entry(self, split: str) -> Entry:
         if split not in self._entries:
-            path = self._path(split)
-            key = IdCacheKey(text_sha256=self.sha256(split), tokenizer=self.spec.tokenizer_id, vocabulary_sha256=self.vocabulary.sha256)
-            cached = self._cache_dir / f"{key.digest}.ids"
-            entry = _open_ids(cached, key)
+            self._path(split)
+            key = _key(self.spec, self.vocabulary, self.sha256(split))
+            cached = key.path(self._cache_dir)
+            entry = open_entry(cached, key)
             if entry is None:
-                with _remedy_of_cache(self._cache_dir):
-                    _write_ids(cached, key, path, self.spec, self.vocabulary)
-                entry = _open_ids(cached, key)
-                if entry is None:
-                    raise EnvironmentUnfitError(
-                        f"The token cache {cached} cannot be read back as it was written.",
-                        remedy="Check the disk, or set TXL_CACHE_DIR to a folder on another one.",
-                    )
+                with one_at_a_time(cached):
+                    entry = open_entry(cached, key) or self._encoded(self._hashes[split], key, cached)
             self._entries[split] = entry
         return self._entries[split]
+
+    def _encoded(self, text: _Hashed, key: IdCacheKey, cached: Path) -> Entry:
+        rule = rule_of(text.path, self.spec, subwords=self.vocabulary.unit == "subword")
+        with remedy_of_cache(self._cache_dir), _scanned(text, rule, self._cache_dir, self._processes) as scan:
+            _write_ids(scan, text.path, rule, self.spec, self.vocabulary, key, cached)
+        entry = open_entry(cached, key)
+        if entry is None:
+            raise EnvironmentUnfitError(
+                f"The token cache {cached} cannot be read back as it was written.",
+                remedy="Check the disk, or set TXL_CACHE_DIR to a folder on another one.",
+            )
+        return entry
 
 
 def load_corpus(
@@ -134,351 +137,226 @@ def load_corpus(
     cache_dir: Path | str | None = None,
     vocabulary: Vocabulary | None = None,
     min_count: int = 1,
+    vocab: VocabKind = "word",
+    processes: int | None = None,
 ) -> Corpus:
     """Open the folder of a data set.
 
-    Without a `vocabulary` (training) all splits must be there, and the vocabulary is counted as the spec says; words seen fewer than
-    `min_count` times become `<unk>`. With one (from a checkpoint) it is used as it is, `min_count` means nothing, and only
-    those splits must be there that are asked for later. `cache_dir` defaults to `default_cache_dir()`.
+    Without a `vocabulary` (training) all splits must be there, and the vocabulary is counted as the spec says (or read, where the data
+    set has a file for it); words seen fewer than `min_count` times become `<unk>`. With `vocab` "bpe" the words are read as GPT-2's
+    subwords. With a vocabulary (from a checkpoint) it is used as it is, `min_count` and `vocab` mean nothing, and only those splits must be
+    there that are asked for later.
 
-    Raises `DataError` for a folder, file or vocabulary that does not fit, `ConfigError` for a `min_count` the data set cannot honour.
+    `cache_dir` defaults to `default_cache_dir()`; `processes` is how many read a large text, by default as many as there are processors.
+
+    Raises `DataError` for a folder, file or vocabulary that does not fit, `ConfigError` for a `min_count` or `vocab` the data set cannot
+    honour.
     """
     directory = Path(directory)
     cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
     if vocabulary is not None:
         check_folder(directory, spec, [])
         check_vocabulary(vocabulary, spec)
-        return Corpus(directory, spec, vocabulary, cache_dir=cache, sha256s={})
-    if min_count < 1 or (min_count > 1 and not spec.maps_unknown):
+        return Corpus(directory, spec, vocabulary, cache_dir=cache, processes=processes)
+    if vocab == "bpe" and spec.unit != "word":
         raise ConfigError(
-            f"`min_count` must be 1 for data set `{spec.name}`, but is {min_count} instead.",
-            remedy="`--dataset text` replaces rare words by <unk>." if min_count > 1 else None,
+            f"Data set `{spec.name}` is made of {spec.unit}s, which BPE cannot read: it makes subwords of words.",
+            remedy="Leave `--vocab bpe` out, or give a data set of words.",
+        )
+    if min_count < 1 or (min_count > 1 and (vocab == "bpe" or not spec.maps_unknown)):
+        what = "with `--vocab bpe`" if vocab == "bpe" else f"for data set `{spec.name}`"
+        raise ConfigError(
+            f"`min_count` must be 1 {what}, but is {min_count} instead.",
+            remedy="`--dataset text` replaces rare words by <unk>." if min_count > 1 and vocab != "bpe" else None,
         )
     paths = check_folder(directory, spec)
-    sha256s = {split: _text_sha256(path) for split, path in paths.items()}
-    counted = [split for split in SPLITS if split in spec.counted_splits]
-    key = ["vocabulary/1", spec.tokenizer_id, spec.unit, spec.maps_unknown, min_count, *(sha256s[split] for split in counted)]
-    cached = cache / f"{_digest(key)}.vocab.json"
-    vocabulary = _load_cached_vocabulary(cached)
+    if vocab == "bpe":
+        return Corpus(directory, spec, bpe.vocabulary(), cache_dir=cache, processes=processes)
+    vocab_file = directory / spec.vocab_file if spec.vocab_file is not None else None
+    if vocab_file is not None and vocab_file.is_file():
+        return Corpus(directory, spec, read_vocab_file(vocab_file, spec), cache_dir=cache, processes=processes)
+    hashes = {split: _hashed(path) for split, path in paths.items()}
+    counted = [hashes[split] for split in SPLITS if split in spec.counted_splits]
+    key = ["vocabulary/1", tokenizer_id(spec), spec.unit, spec.maps_unknown, min_count, *(text.sha256 for text in counted)]
+    cached = cache / f"{digest(key)}.vocab.json"
+    vocabulary = _cached_vocabulary(cached)
     if vocabulary is None:
-        vocabulary = count_vocabulary([paths[split] for split in counted], spec, min_count=min_count)
-        with _remedy_of_cache(cache):
-            vocabulary.save(cached)
-    return Corpus(directory, spec, vocabulary, cache_dir=cache, sha256s=sha256s)
+        with one_at_a_time(cached):
+            vocabulary = _cached_vocabulary(cached)
+            if vocabulary is None:
+                vocabulary = _counted(counted, spec, min_count, cache, cached, processes)
+    return Corpus(directory, spec, vocabulary, cache_dir=cache, hashes=hashes, processes=processes)
 
 
 def check_vocabulary(vocabulary: Vocabulary, spec: DatasetSpec) -> None:
     """Raise a `DataError` unless `vocabulary` can hold the tokens of data set `spec`."""
+    if vocabulary.unit == "subword" and spec.unit == "word":
+        if not bpe.is_gpt2(vocabulary):
+            raise DataError("The vocabulary is one of subwords that are not GPT-2's, so the text cannot be cut into them.")
+        return
     if vocabulary.unit != spec.unit:
         raise DataError(
-            f"The vocabulary is one of {vocabulary.unit}s, but data set `{spec.name}` is made of {spec.unit}s.",
-            remedy="Give the data set that the model was trained on with `--dataset`.",
+            f"The vocabulary is one of {vocabulary.unit}s, but data set `{spec.name}` is made of {spec.unit}s.", remedy=_OTHER_DATASET
         )
-    if spec.line_end == "eos" and vocabulary.eos_id is None:
+    if spec.line_token is not None and spec.line_token not in vocabulary:
         raise DataError(
-            f"The vocabulary has no token `{EOS}`, which ends every line of data set `{spec.name}`.",
-            remedy="Give the data set that the model was trained on with `--dataset`.",
+            f"The vocabulary has no token `{spec.line_token}`, which ends every line of data set `{spec.name}`.", remedy=_OTHER_DATASET
         )
 
 
-def count_vocabulary(paths: Sequence[Path], spec: DatasetSpec, *, min_count: int = 1) -> Vocabulary:
-    """Count the tokens of `paths` in order, as a stream, and return their vocabulary.
+def read_vocab_file(path: Path, spec: DatasetSpec) -> Vocabulary:
+    """Read a vocabulary as One Billion Word has it: a word and its count a line, in the order of the ids; a word written twice counts once.
 
-    Order: `<eos>` (where lines end with it), then tokens by descending count, ties by first appearance.
+    A `DataError` where it lacks the token that ends lines or the one for unknown words.
     """
-    counts: Counter[str] = Counter()
-    for path in paths:
-        for tokens in read_tokens(path, spec):
-            counts.update(tokens)
-    specials = (EOS,) if spec.line_end == "eos" else ()
-    return Vocabulary.from_counts(counts, unit=spec.unit, specials=specials, min_count=min_count, maps_unknown=spec.maps_unknown)
+    try:
+        with path.open(encoding="utf-8") as file:
+            symbols = list(dict.fromkeys(line.split()[0] for line in file if line.strip()))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no vocabulary: it is not UTF-8 text ({error.reason}).") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    for token in (spec.line_token, spec.unk):
+        if token is not None and token not in symbols:
+            raise DataError(
+                f"{path} is no vocabulary of data set `{spec.name}`: it has no `{token}`.",
+                remedy="Get the file again, or take it away; the words are then counted.",
+            )
+    return Vocabulary(symbols, unit=spec.unit)
 
 
 def encode_text(lines: Iterable[str], spec: DatasetSpec, vocabulary: Vocabulary) -> npt.NDArray[np.int64]:
     """Return the ids of tokenised lines held in memory, int64 [N].
 
     Lines carry no line break and are written as in the data set's prepared files: tokens separated by blanks (`txl_train.data.
-    tokenizers.raw_lines` makes them of raw text). Line ends become what the spec says: `<eos>` after every line, the byte 10
-    between two lines, or nothing. A token without an id becomes `<unk>`, or is a `DataError` where there is none.
+    tokenizers.raw_lines` makes them of raw text). Line ends become what the spec says: `<eos>` after every line, `<S>` also before the
+    first, the byte 10 between two lines, or nothing. A token without an id becomes `<unk>`, or is a `DataError` where there is none.
+    A vocabulary of subwords encodes lines as they are, each followed by the token of a line break.
     """
     check_vocabulary(vocabulary, spec)
-    tokens: list[str] = []
+    if vocabulary.unit == "subword":
+        encode = bpe.encoder()
+        ids = [bpe.NEWLINE_ID] if spec.line_end == "sentence" else []
+        for line in lines:
+            ids += encode(line)
+            ids.append(bpe.NEWLINE_ID)
+        return np.array(ids, dtype=np.int64)
+    end = spec.line_token
+    tokens: list[str] = [end] if end is not None and spec.line_end == "sentence" else []
     for i, line in enumerate(lines):
         if i and spec.line_end == "byte" and NEWLINE_TOKEN in vocabulary:
             tokens.append(NEWLINE_TOKEN)
         tokens.extend(line.split())
-        if spec.line_end == "eos":
-            tokens.append(EOS)
+        if end is not None:
+            tokens.append(end)
     return vocabulary.encode(tokens)
 
 
-def _text_sha256(path: Path) -> str:
-    """Return the sha256 of a text file; a `DataError` where it cannot be read."""
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-# --- text to tokens ----------------------------------------------------------------------------------------------------------------
-
-
-def read_tokens(path: Path, spec: DatasetSpec) -> Iterator[list[str]]:
-    """Yield the tokens of a file, a bounded portion at a time; a `DataError` names the file and line of what is wrong."""
-    if spec.layout == "words":
-        yield from _read_words(path)
-    elif detect_form(path, spec) == "raw":
-        yield from _read_raw_text8(path) if spec.layout == "text8" else _read_raw_enwik8(path)
-    elif spec.layout == "text8":
-        yield from _read_prepared(path, spec, lambda chunk: chunk.lower().split(), lambda token: len(token) == 1)
-    else:
-        known = frozenset(BYTE_TOKENS)
-        yield from _read_prepared(path, spec, lambda chunk: chunk.replace("\n", f" {NEWLINE_TOKEN} ").split(), known.__contains__)
-
-
-def detect_form(path: Path, spec: DatasetSpec) -> Form:
-    """Say whether a text8 or enwik8 file is "prepared" or "raw", judging by its first 64 KiB.
-
-    text8: prepared if all blank-separated pieces are single characters and `_` is among them; raw if there are only a-z and
-    blanks, with a piece longer than one letter. enwik8: prepared if all pieces are decimal numbers 0..255; raw if at most half are.
-    Anything else is a `DataError`.
-    """
-    try:
-        with path.open("rb") as file:
-            sample = file.read(SAMPLE_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if len(sample) > SAMPLE_BYTES:  # drop the last piece, which may be cut
-        sample = sample[: max(sample.rfind(b" "), sample.rfind(b"\n")) + 1] or sample
-    pieces = sample.decode("utf-8", "replace").split()
-    if spec.layout == "text8":
-        if pieces and all(len(piece) == 1 for piece in pieces):
-            if "_" in pieces or len(pieces) == 1:
-                return "prepared"
-            raise DataError(
-                f"{path} may be text8 as prep_text8 writes it or raw: its first {len(pieces)} pieces are single characters, none is `_`.",
-                remedy="Write characters with blanks between and `_` for a blank, as prep_text8 does.",
-            )
-        if pieces and all(TEXT8_LETTERS.issuperset(piece) for piece in pieces):
-            return "raw"
-        raise DataError(
-            f"{path} is neither text8 as prep_text8 writes it (single characters, blanks between, `_` for a blank) "
-            "nor raw text8 (only the letters a-z and blanks).",
-            remedy="Put the text through text8's filter (27 characters) first; for bytes of any kind use `--dataset enwik8`.",
-        )
-    n_numbers = sum(map(frozenset(BYTE_TOKENS).__contains__, pieces))
-    if pieces and n_numbers == len(pieces):
-        return "prepared"
-    if 2 * n_numbers <= len(pieces):
-        return "raw"
-    raise DataError(
-        f"{path} may be enwik8 as prep_enwik8 writes it or raw bytes: {n_numbers} of its first {len(pieces)} pieces are numbers 0 to 255.",
-        remedy="Write every byte as its decimal value with blanks between (a line break for byte 10), as prep_enwik8 does.",
-    )
-
-
-def _read_chunks(path: Path) -> Iterator[str]:
-    """Yield the text of a file in portions that end after a blank or line break (but the last), so that no token is cut.
-
-    UTF-8 with or without a byte order mark; any of LF, CR and CR LF is a line break.
-    """
-    rest: list[str] = []
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            while block := file.read(CHUNK_CHARS):
-                end = max(block.rfind(" "), block.rfind("\n")) + 1
-                if end:
-                    yield "".join([*rest, block[:end]])
-                    rest = []
-                rest.append(block[end:])
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, line {_undecodable_line(path)}: not UTF-8 text ({error.reason}).", remedy="Convert the file to UTF-8."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if any(rest):
-        yield "".join(rest)
-
-
-def _read_words(path: Path) -> Iterator[list[str]]:
-    n_words = 0
-    ends_with_break = True
-    line_end = f" {EOS} "
-    for chunk in _read_chunks(path):
-        tokens = chunk.replace("\n", line_end).split()
-        n_words += len(tokens) - chunk.count("\n")
-        ends_with_break = chunk.endswith("\n")
-        yield tokens
-    if not n_words:
-        raise DataError(f"{path} holds no words, only blanks and line breaks.", remedy="Give a file of words separated by blanks.")
-    if not ends_with_break:
-        yield [EOS]
-
-
-def _read_prepared(
-    path: Path, spec: DatasetSpec, split: Callable[[str], list[str]], is_token: Callable[[str], bool]
-) -> Iterator[list[str]]:
-    n_tokens = 0
-    for chunk in _read_chunks(path):
-        tokens = split(chunk)
-        for token in dict.fromkeys(tokens):
-            if not is_token(token):
-                expected = "a single character" if spec.layout == "text8" else "a number 0 to 255"
-                raise DataError(
-                    f"{path}, line {_line_of(path, token)}: `{_shortened(token)}` is no token of {spec.name} as the beginning of the file "
-                    f"is written; expected is {expected}.",
-                    remedy=f"Write the file again with prep_{spec.layout}, or give the raw file throughout.",
-                )
-        n_tokens += len(tokens)
-        yield tokens
-    if not n_tokens:
-        raise DataError(f"{path} holds no tokens, only blanks.", remedy=f"Write the file again with prep_{spec.layout}.")
-
-
-def _read_raw_text8(path: Path) -> Iterator[list[str]]:
-    """Yield single letters and `_`; blanks and line breaks at both ends of the file do not count, as in prep_text8."""
-    pending = ""
-    started = False
-    for chunk in _read_chunks(path):
-        text = pending + chunk
-        if not started:
-            text = text.lstrip(" \n")
-            started = bool(text)
-        body = text.rstrip(" \n")
-        pending = text[len(body) :]
-        if foreign := set(body) - TEXT8_LETTERS - {" "}:
-            character = min(foreign)
-            raise DataError(
-                f"{path}, line {_line_of(path, character, within=True)}: raw text8 has only the letters a-z and blanks, "
-                f"but here is {'a line break' if character == chr(10) else repr(character)}.",
-                remedy="Put the text through text8's filter (27 characters, one line) first.",
-            )
-        yield ["_" if character == " " else character for character in body]
-
-
-def _read_raw_enwik8(path: Path) -> Iterator[list[str]]:
-    try:
-        with path.open("rb") as file:
-            while block := file.read(CHUNK_CHARS):
-                yield [BYTE_TOKENS[value] for value in block]
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def _line_of(path: Path, token: str, *, within: bool = False) -> int:
-    """Return the number, from 1, of the first line that holds `token` (or the character, `within` a word)."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if token in line if within else token in line.split() or token in line.lower().split():
-                return number
-    return 1
-
-
-def _undecodable_line(path: Path) -> int:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return 1
-
-
-def _shortened(token: str, limit: int = 60) -> str:
-    return token if len(token) <= limit else token[:limit] + "..."
-
-
-# --- the cache of ids --------------------------------------------------------------------------------------------------------------
-#
-# One file per text and vocabulary: HEADER_BYTES of JSON, padded with blanks, ending with a line break, then the ids, little-endian.
-# The header's own checksum is its first field, over the rest of the header.
-
-HEADER_BYTES = 1024
-_CHECKSUM_CHARS = 8
-
-
 @dataclass(frozen=True)
-class IdCacheKey:
-    """All that the ids of a text depend on."""
+class _Hashed:
+    """A text file as it was when its hash was taken."""
 
-    text_sha256: str
-    tokenizer: str
-    vocabulary_sha256: str
+    path: Path
+    sha256: str
+    state: tuple[int, int]
+    """Time of the last change, in ns, and size in bytes."""
 
-    @property
-    def digest(self) -> str:
-        """The name of the entry in the cache."""
-        return _digest(["ids/1", self.text_sha256, self.tokenizer, self.vocabulary_sha256])
-
-
-def _digest(parts: Sequence[object]) -> str:
-    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:40]
+    def check(self) -> None:
+        """Raise a `DataError` where the file is another by now: what was read may not go by the old hash."""
+        if _state(self.path) != self.state:
+            raise DataError(f"{self.path} was changed while it was read.", remedy="Start again when it is finished.")
 
 
-def _write_ids(cached: Path, key: IdCacheKey, path: Path, spec: DatasetSpec, vocabulary: Vocabulary) -> None:
-    """Encode a text into its cache entry, a portion at a time; the entry appears only when it is whole."""
-    dtype = np.dtype("<u2") if len(vocabulary) <= 1 << 16 else np.dtype("<i4")
-    drops_newline = spec.line_end == "byte" and NEWLINE_TOKEN not in vocabulary
-    unk_id = vocabulary.unk_id
-    n_tokens = n_unknown = checksum = 0
-    with whole_or_absent(cached) as file:
-        file.write(b" " * HEADER_BYTES)
-        for tokens in read_tokens(path, spec):
-            if drops_newline:
-                tokens = [token for token in tokens if token != NEWLINE_TOKEN]
-            ids = vocabulary.find(tokens)
-            missing = ids == MISSING
-            if missing.any():
-                if unk_id is None:
-                    raise _unknown_token(path, tokens[int(missing.argmax())], spec)
-                ids[missing] = unk_id
-                n_unknown += int(missing.sum())
-            block = ids.astype(dtype).tobytes()
-            checksum = zlib.crc32(block, checksum)
-            n_tokens += len(tokens)
-            file.write(block)
-        if not n_tokens:
-            raise DataError(f"{path} holds no token of the vocabulary, only line breaks.", remedy="Give a text with more in it.")
-        file.seek(0)
-        file.write(_pack_header({"dtype": dtype.str, "n_tokens": n_tokens, "n_unknown": n_unknown, "crc32": checksum, **vars(key)}))
-
-
-def _open_ids(cached: Path, key: IdCacheKey) -> _Entry | None:
-    """Map a cache entry read-only; None where there is none or where size, header or checksum are not as they were written."""
+def _hashed(path: Path) -> _Hashed:
     try:
-        with cached.open("rb") as file:
-            header = _unpack_header(file.read(HEADER_BYTES))
-            if header is None or any(header.get(name) != value for name, value in vars(key).items()):
-                return None
-            dtype, n_tokens, n_unknown = np.dtype(header["dtype"]), header["n_tokens"], header["n_unknown"]
-            if not n_tokens or os.fstat(file.fileno()).st_size != HEADER_BYTES + n_tokens * dtype.itemsize:
-                return None
-            ids = np.memmap(file, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
-    except OSError:
-        return None
-    checksum = 0
-    for start in range(0, n_tokens, CHUNK_CHARS):
-        checksum = zlib.crc32(ids[start : start + CHUNK_CHARS].data, checksum)
-    return _Entry(ids=ids, n_unknown=n_unknown) if checksum == header["crc32"] else None
+        return _Hashed(path, state=_state(path), sha256=file_sha256(path))
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
-def _pack_header(values: dict[str, Any]) -> bytes:
-    body = json.dumps(values, sort_keys=True).encode("ascii").ljust(HEADER_BYTES - _CHECKSUM_CHARS - 1) + b"\n"
-    assert len(body) == HEADER_BYTES - _CHECKSUM_CHARS
-    return f"{zlib.crc32(body):0{_CHECKSUM_CHARS}x}".encode("ascii") + body
+def _state(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
 
 
-def _unpack_header(header: bytes) -> dict[str, Any] | None:
-    """Return the header's values, or None where a byte of it is not as it was written."""
-    body = header[_CHECKSUM_CHARS:]
-    if len(header) != HEADER_BYTES or header[:_CHECKSUM_CHARS] != f"{zlib.crc32(body):0{_CHECKSUM_CHARS}x}".encode("ascii"):
-        return None
-    values = json.loads(body)
-    return values if isinstance(values, dict) else None
+@contextlib.contextmanager
+def _scanned(text: _Hashed, rule: Rule, cache: Path, processes: int | None) -> Iterator[TextScan]:
+    """Read a text; a `DataError` where it holds nothing, or tokens that its layout cannot have."""
+    with scan_text(text.path, rule, spool_dir=cache, processes=processes) as scan:
+        text.check()
+        check_symbols(text.path, rule, scan.symbols)
+        if not scan.n_plain:
+            words = rule.kind in ("words", "subwords")
+            raise DataError(
+                f"{text.path} holds no {'words' if words else 'tokens'}, only blanks{' and line breaks' if words else ''}.",
+                remedy="Give a file of words separated by blanks." if words else f"Write the file again with prep_{rule.layout}.",
+            )
+        yield scan
 
 
-def _load_cached_vocabulary(cached: Path) -> Vocabulary | None:
+def _counted(texts: Sequence[_Hashed], spec: DatasetSpec, min_count: int, cache: Path, cached: Path, processes: int | None) -> Vocabulary:
+    """Count the vocabulary of texts, keep it in `cached`, and at once write the texts' ids.
+
+    Order: the token that ends lines (where there is one), then tokens by descending count, ties by first appearance.
+    """
+    with remedy_of_cache(cache), contextlib.ExitStack() as stack:
+        counts: Counter[str] = Counter()
+        scans: list[tuple[_Hashed, Rule, TextScan]] = []
+        for text in texts:
+            rule = rule_of(text.path, spec)
+            scan = stack.enter_context(_scanned(text, rule, cache, processes))
+            for symbol, count in zip(scan.symbols, scan.counts.tolist()):
+                counts[symbol] += count
+            scans.append((text, rule, scan))
+        vocabulary = Vocabulary.from_counts(
+            counts,
+            unit=spec.unit,
+            specials=() if spec.line_token is None else (spec.line_token,),
+            min_count=min_count,
+            maps_unknown=spec.maps_unknown,
+            unk=spec.unk,
+        )
+        for text, rule, scan in scans:
+            key = _key(spec, vocabulary, text.sha256)
+            _write_ids(scan, text.path, rule, spec, vocabulary, key, key.path(cache))
+        vocabulary.save(cached)
+    return vocabulary
+
+
+def _write_ids(scan: TextScan, path: Path, rule: Rule, spec: DatasetSpec, vocabulary: Vocabulary, key: IdCacheKey, cached: Path) -> None:
+    """Write a text that was read into its cache entry; a `DataError` where it holds a token without an id."""
+    dtype = np.dtype("<u2") if len(vocabulary) <= 1 << 16 else np.dtype("<i4")
+    ids, n_unknown = _symbol_ids(scan, path, spec, vocabulary) if rule.kind != "subwords" else (None, 0)
+    if ids is not None and not (scan.counts[ids != DROPPED]).any():
+        raise DataError(f"{path} holds no token of the vocabulary, only line breaks.", remedy="Give a text with more in it.")
+
+    def write(file: Path, offset: int) -> dict[str, Any]:
+        n_tokens = scan.write(file, offset, ids, dtype)
+        return {"dtype": dtype.str, "n_tokens": n_tokens, "n_unknown": n_unknown, "n_words": scan.n_words or None}
+
+    write_entry(cached, key, write)
+
+
+def _symbol_ids(scan: TextScan, path: Path, spec: DatasetSpec, vocabulary: Vocabulary) -> tuple[npt.NDArray[np.int64], int]:
+    """Return the id of each symbol of a text, and how often one was unknown."""
+    ids = vocabulary.find(scan.symbols)
+    if spec.line_end == "byte" and NEWLINE_TOKEN not in vocabulary:
+        ids[[symbol == NEWLINE_TOKEN for symbol in scan.symbols]] = _LEFT_OUT
+    missing = ids == MISSING
+    if missing.any():
+        if vocabulary.unk_id is None:
+            raise _unknown_token(path, scan.symbols[int(missing.argmax())], spec)
+        ids[missing] = vocabulary.unk_id
+    ids[ids == _LEFT_OUT] = DROPPED
+    return ids, int(scan.counts[missing].sum())
+
+
+def _key(spec: DatasetSpec, vocabulary: Vocabulary, text_sha256: str) -> IdCacheKey:
+    tokenizer = tokenizer_id(spec, subwords=vocabulary.unit == "subword")
+    return IdCacheKey(text_sha256=text_sha256, tokenizer=tokenizer, vocabulary_sha256=vocabulary.sha256)
+
+
+def _cached_vocabulary(cached: Path) -> Vocabulary | None:
     try:
         return Vocabulary.load(cached) if cached.is_file() else None
     except DataError:
@@ -486,23 +364,11 @@ def _load_cached_vocabulary(cached: Path) -> Vocabulary | None:
 
 
 def _unknown_token(path: Path, token: str, spec: DatasetSpec) -> DataError:
-    line = "" if spec.layout != "words" else f", line {_line_of(path, token)}"
+    line = "" if spec.layout != "words" else f", line {line_of(path, token)}"
     unit = {"word": "word", "char": "character", "byte": "byte"}[spec.unit]
     return DataError(
-        f"{path}{line}: the {unit} `{_shortened(token)}` is not in the vocabulary, and it has no `<unk>` to stand for it.",
-        remedy="Give the text that belongs to this vocabulary, or train with `--dataset text`: unknown words then become <unk>."
+        f"{path}{line}: the {unit} `{shortened(token)}` is not in the vocabulary, and it has no `{UNK}` to stand for it.",
+        remedy=f"Give the text that belongs to this vocabulary, or train with `--dataset text`: unknown words then become {UNK}."
         if spec.unit == "word"
         else "Give the text that belongs to this vocabulary.",
     )
-
-
-@contextlib.contextmanager
-def _remedy_of_cache(cache_dir: Path) -> Iterator[None]:
-    """Add to a failed write what helps with the cache: another folder for it."""
-    try:
-        yield
-    except EnvironmentUnfitError as error:
-        raise EnvironmentUnfitError(
-            f"The token cache in {cache_dir} cannot be used. {error.message}",
-            remedy="Set TXL_CACHE_DIR to a folder that can be written and has room, or free some disk space.",
-        ) from error

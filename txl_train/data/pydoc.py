@@ -215,7 +215,7 @@ def build(directory: Path | str) -> BuildInfo:
     if found is not None:
         return found
     spec = get_dataset("pydoc")
-    if not (directory / INFO_FILE).exists():
+    if not _is_ours(directory):
         for name in spec.files.values():
             if (directory / name).exists():
                 raise DataError(
@@ -247,6 +247,14 @@ def build(directory: Path | str) -> BuildInfo:
     with whole_or_absent(directory / INFO_FILE) as file:
         file.write((json.dumps(info.to_dict(), indent=2) + "\n").encode())
     return info
+
+
+def _is_ours(directory: Path) -> bool:
+    """True if corpus.json says that this module wrote the folder's files, be they still whole or not."""
+    try:
+        return "rules_version" in json.loads((directory / INFO_FILE).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read_info(directory: Path) -> BuildInfo | None:

@@ -100,7 +100,7 @@ class SegmentIterator:
         self.tgt_len = tgt_len
         self.ext_len = ext_len
         self._equal = equal
-        self._n_counted = int(length_B[chosen].sum())
+        self._all_lengths_B = length_B
         self._length_B, self._start_B = length_B[chosen], start_B[chosen]
         self._shift_B = np.zeros_like(self._length_B) if shifts_B is None else np.asarray(shifts_B, dtype=np.int64)[chosen]
         self._bounds = [*range(0, longest, tgt_len), longest if equal else -(-longest // tgt_len) * tgt_len]
@@ -111,12 +111,17 @@ class SegmentIterator:
     @property
     def n_counted(self) -> int:
         """Number of targets over all segments of the streams that are read: N-1 if these are all."""
-        return self._n_counted
+        return int(self._length_B.sum())
+
+    def n_counted_in(self, index: int) -> int:
+        """Number of targets in segment `index` over all streams, also those that are not read here."""
+        first, end = self._bounds[index], self._bounds[index + 1]
+        return int((self._all_lengths_B.clip(max=end) - first).clip(min=0).sum())
 
     @property
     def n_targets(self) -> int:
-        """Number of targets of the longest of the streams that are read."""
-        return int(self._length_B.max())
+        """Number of targets of the longest of all streams."""
+        return int(self._all_lengths_B[0])
 
     def __len__(self) -> int:
         """Return the number of segments."""

@@ -10,14 +10,14 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from txl_train.data.datasets import EOS, UNK, Unit
+from txl_train.data.datasets import EOS, LM1B_UNK, SENTENCE, UNK, Unit
 from txl_train.errors import DataError
 from txl_train.files import whole_or_absent
 
@@ -27,12 +27,16 @@ VERSION = 1
 MISSING = -1
 """What `Vocabulary.find` gives for a token that has no id."""
 
+_SUBWORD_NEWLINE = "\u010a"
+"""The line break as GPT-2's files write it."""
+
 
 class Vocabulary:
     """A list of different tokens; a token's id is its place in it. Immutable.
 
-    `unit` says what one token is: a word, a character, or a byte (written as its decimal value). `eos_id` and `unk_id` are the ids
-    of `<eos>` and `<unk>`, or None where the vocabulary has none. Equal vocabularies have equal `sha256`.
+    `unit` says what one token is: a word, a character, a byte (written as its decimal value), or a subword (as GPT-2's files write it).
+    `eos_id` is the id of the token that ends a line, `unk_id` of the one for unknown words, None where the vocabulary has none. Equal
+    vocabularies have equal `sha256`.
     """
 
     def __init__(self, symbols: Iterable[str], *, unit: Unit) -> None:
@@ -43,11 +47,18 @@ class Vocabulary:
 
     @classmethod
     def from_counts(
-        cls, counts: Counter[str], *, unit: Unit, specials: Sequence[str] = (), min_count: int = 1, maps_unknown: bool = False
+        cls,
+        counts: Counter[str],
+        *,
+        unit: Unit,
+        specials: Sequence[str] = (),
+        min_count: int = 1,
+        maps_unknown: bool = False,
+        unk: str = UNK,
     ) -> Vocabulary:
         """Order tokens by descending count, ties by first appearance (the order of `counts`), after the `specials`.
 
-        With `maps_unknown`, tokens counted fewer than `min_count` times give their counts to `<unk>`, which takes the place its
+        With `maps_unknown`, tokens counted fewer than `min_count` times give their counts to `unk`, which takes the place its
         count earns; it is present even when its count is 0 (then last).
         """
         merged: Counter[str] = Counter()
@@ -58,7 +69,7 @@ class Vocabulary:
             elif symbol not in specials:
                 merged[symbol] = count
         if maps_unknown:
-            merged[UNK] += n_rare
+            merged[unk] += n_rare
         return cls([*specials, *(symbol for symbol, _ in merged.most_common())], unit=unit)
 
     @property
@@ -68,18 +79,26 @@ class Vocabulary:
 
     @property
     def unit(self) -> Unit:
-        """What one token is: "word", "char" or "byte"."""
+        """What one token is: "word", "char", "byte" or "subword"."""
         return self._unit
 
     @property
+    def counts_characters(self) -> bool:
+        """True where a token is a character or a byte: scores are then given in bits per character, otherwise as perplexity."""
+        return self._unit in ("char", "byte")
+
+    @property
     def eos_id(self) -> int | None:
-        """Id of `<eos>`, or None."""
-        return self._ids.get(EOS) if self._unit == "word" else None
+        """Id of the token that ends a line: `<eos>`, `<S>` or GPT-2's line break; None where there is none."""
+        return self._first_id({"word": (EOS, SENTENCE), "subword": (_SUBWORD_NEWLINE,)})
 
     @property
     def unk_id(self) -> int | None:
-        """Id of `<unk>`, or None."""
-        return self._ids.get(UNK) if self._unit == "word" else None
+        """Id of `<unk>` or `<UNK>`; None where there is none."""
+        return self._first_id({"word": (UNK, LM1B_UNK)})
+
+    def _first_id(self, names: Mapping[str, Sequence[str]]) -> int | None:
+        return next((self._ids[name] for name in names.get(self._unit, ()) if name in self._ids), None)
 
     def __len__(self) -> int:
         return len(self._symbols)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from txl_train.data.corpus import Corpus, load_corpus
+from txl_train.data.corpus import Corpus, VocabKind, load_corpus
 from txl_train.data.datasets import get_dataset
 from txl_train.data.vocabulary import Vocabulary
 
@@ -34,7 +34,11 @@ def make_folder(tmp_path: Path) -> MakeFolder:
 def open_corpus(tmp_path: Path) -> OpenCorpus:
     """Open a folder with a cache below the test's own folder."""
 
-    def open_it(folder: Path, dataset: str, *, vocabulary: Vocabulary | None = None, min_count: int = 1) -> Corpus:
-        return load_corpus(folder, get_dataset(dataset), cache_dir=tmp_path / "cache", vocabulary=vocabulary, min_count=min_count)
+    def open_it(
+        folder: Path, dataset: str, *, vocabulary: Vocabulary | None = None, min_count: int = 1, vocab: VocabKind = "word"
+    ) -> Corpus:
+        return load_corpus(
+            folder, get_dataset(dataset), cache_dir=tmp_path / "cache", vocabulary=vocabulary, min_count=min_count, vocab=vocab
+        )
 
     return open_it

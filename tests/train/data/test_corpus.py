@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
+from txl_train.data import bpe
 from txl_train.data import corpus as corpus_module
-from txl_train.data.corpus import HEADER_BYTES, Corpus, default_cache_dir, encode_text, load_corpus
+from txl_train.data.corpus import Corpus, default_cache_dir, encode_text, load_corpus
 from txl_train.data.datasets import get_dataset
+from txl_train.data.idcache import HEADER_BYTES
+from txl_train.data.layouts import detect_form
+from txl_train.data.sentences import ShuffledSentences
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError
 
@@ -91,15 +97,6 @@ def test_wt103_names_the_unknown_word_with_file_line_and_remedy(make_folder: Mak
 def test_min_count_is_refused_where_rare_words_are_kept(make_folder: MakeFolder, open_corpus: OpenCorpus) -> None:
     with pytest.raises(ConfigError, match="`min_count` must be 1"):
         open_corpus(make_folder(train=TRAIN, valid="the\n", test="the\n"), "wt103", min_count=2)
-
-
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.text(st.sampled_from("ab \n\t\u00a0\u00e9"), min_size=1, max_size=60))
-def test_reading_in_small_portions_changes_nothing(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    folder = make_folder(train=text + "x")
-    monkeypatch.setattr(corpus_module, "CHUNK_CHARS", 7)
-    tokens = [token for part in corpus_module.read_tokens(folder / "train.txt", get_dataset("text")) for token in part]
-    assert tokens == [token for line in (text + "x").split("\n") for token in [*line.split(), "<eos>"]]
 
 
 def test_a_file_without_words_is_refused(make_folder: MakeFolder, open_corpus: OpenCorpus) -> None:
@@ -182,6 +179,118 @@ def test_a_character_without_an_id_is_named(make_folder: MakeFolder, open_corpus
         open_corpus(folder, "text8", vocabulary=Vocabulary(["a", "_"], unit="char")).ids("test")
 
 
+# --- One Billion Word ---
+
+SENTENCES = "A cat .\nA dog .\n"
+
+
+def test_sentences_have_a_boundary_before_and_after_and_are_counted(make_folder: MakeFolder, open_corpus: OpenCorpus) -> None:
+    corpus = open_corpus(make_folder(train=SENTENCES, valid="A bird .\n", test="A\n"), "lm1b")
+    assert corpus.vocabulary.symbols == ("<S>", "A", ".", "cat", "dog", "<UNK>")
+    assert words(corpus, "train") == "<S> A cat . <S> A dog . <S>"
+    assert words(corpus, "valid") == "<S> A <UNK> . <S>"
+    assert corpus.oov("valid") == 1
+    assert corpus.vocabulary.eos_id == 0
+    assert corpus.vocabulary.unk_id == 5
+    assert corpus.n_words("train") == 8  # as many as have a predecessor
+
+
+def test_rare_words_of_sentences_become_unk(make_folder: MakeFolder, open_corpus: OpenCorpus) -> None:
+    corpus = open_corpus(make_folder(train=SENTENCES, valid="A\n", test="A\n"), "lm1b", min_count=2)
+    assert corpus.vocabulary.symbols == ("<S>", "A", ".", "<UNK>")
+
+
+def test_the_vocabularys_file_is_taken_as_it_is(make_folder: MakeFolder, open_corpus: OpenCorpus) -> None:
+    folder = make_folder(train=SENTENCES, valid="A\n", test="A\n")
+    (folder / "1b_word_vocab.txt").write_text("</S> 9\n<S> 9\n<UNK> 7\nA 5\nA 4\ndog 1\n")
+    corpus = open_corpus(folder, "lm1b")
+    assert corpus.vocabulary.symbols == ("</S>", "<S>", "<UNK>", "A", "dog")
+    assert corpus.ids("train").tolist() == [1, 3, 2, 2, 1, 3, 4, 2, 1]
+
+
+@pytest.mark.parametrize(("content", "words_of_it"), [(b"<S> 1\nA 1\n", "no `<UNK>`"), (b"A\xff 1\n", "not UTF-8")])
+def test_a_file_that_is_no_vocabulary_is_refused(
+    make_folder: MakeFolder, open_corpus: OpenCorpus, content: bytes, words_of_it: str
+) -> None:
+    folder = make_folder(train=SENTENCES, valid="A\n", test="A\n")
+    (folder / "1b_word_vocab.txt").write_bytes(content)
+    with pytest.raises(DataError, match=words_of_it):
+        open_corpus(folder, "lm1b")
+
+
+def test_real_sentences_are_shuffled_whole(shared_dir: Path, make_folder: MakeFolder, open_corpus: OpenCorpus) -> None:
+    lines = (shared_dir / "data" / "lm1b" / "1b_benchmark.dev.tokens").read_text(encoding="utf-8").splitlines(keepends=True)
+    corpus = open_corpus(make_folder(train="".join(lines[:2000]), valid=lines[-2], test=lines[-1]), "lm1b")
+    ids, boundary = corpus.ids("train"), corpus.vocabulary.eos_id
+    assert boundary is not None
+    shuffled = ShuffledSentences(ids, boundary, seed=5)
+    assert shuffled.n_sentences == 2000
+    again = "".join(corpus.vocabulary.decode(shuffled[np.arange(len(ids))])).split("<S>")[1:-1]
+    assert sorted(again) == sorted("".join(line.split()) for line in lines[:2000])
+    assert again != ["".join(line.split()) for line in lines[:2000]]
+
+
+# --- GPT-2's subwords ---
+
+
+def test_any_words_may_be_read_as_subwords(make_folder: MakeFolder, open_corpus: OpenCorpus) -> None:
+    pytest.importorskip("tiktoken")
+    text = " the  cat\n\n na\u00efve \u65e5\u672c\n"
+    corpus = open_corpus(make_folder(train=text, valid="Hello world\n", test="a"), "wt103", vocab="bpe")
+    assert bpe.decode(corpus.ids("train")) == text
+    assert corpus.ids("valid").tolist() == [15496, 995, 198]
+    assert corpus.ids("valid").dtype == np.uint16
+    assert len(corpus.vocabulary) == 50_257
+    assert corpus.vocabulary.unit == "subword"
+    assert corpus.oov("train") == 0
+    assert [corpus.n_words(split) for split in ("train", "valid", "test")] == [7, 3, 2]
+
+
+def test_a_checkpoints_subwords_read_text_as_subwords_again(make_folder: MakeFolder, open_corpus: OpenCorpus) -> None:
+    pytest.importorskip("tiktoken")
+    folder = make_folder(train="a\n", valid="b\n", test="Hello world\n")
+    kept = Vocabulary.from_dict(json.loads(json.dumps(bpe.vocabulary().to_dict())))
+    assert open_corpus(folder, "text", vocabulary=kept).ids("test").tolist() == [15496, 995, 198]
+
+
+def test_subwords_and_words_of_one_text_have_entries_of_their_own(make_folder: MakeFolder, open_corpus: OpenCorpus) -> None:
+    pytest.importorskip("tiktoken")
+    folder = make_folder(train=TRAIN, valid="cat\n", test="the\n")
+    assert open_corpus(folder, "text").ids("train").tolist() != open_corpus(folder, "text", vocab="bpe").ids("train").tolist()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "min_count", "message"), [("text8", 1, "BPE cannot read"), ("enwik8", 1, "bytes"), ("text", 2, "`min_count` must be 1")]
+)
+def test_what_subwords_cannot_be_is_refused(
+    make_folder: MakeFolder, open_corpus: OpenCorpus, dataset: str, min_count: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_corpus(make_folder(train="a _ b", valid="a _ b", test="a _ b"), dataset, vocab="bpe", min_count=min_count)
+
+
+def test_subwords_of_somebody_else_are_refused(make_folder: MakeFolder, open_corpus: OpenCorpus) -> None:
+    with pytest.raises(DataError, match="not GPT-2's"):
+        open_corpus(make_folder(test="a\n"), "text", vocabulary=Vocabulary(["a"], unit="subword"))
+    with pytest.raises(DataError, match="one of subwords, but data set `text8`"):
+        open_corpus(make_folder(test="a\n"), "text8", vocabulary=bpe.vocabulary())
+
+
+def test_lines_in_memory_give_the_subwords_of_the_same_file(make_folder: MakeFolder, open_corpus: OpenCorpus) -> None:
+    pytest.importorskip("tiktoken")
+    for dataset in ("text", "lm1b"):
+        corpus = open_corpus(make_folder(train="A cat .\n\nB\n", valid="a\n", test="a\n"), dataset, vocab="bpe")
+        assert encode_text(["A cat .", "", "B"], corpus.spec, corpus.vocabulary).tolist() == corpus.ids("train").tolist()
+
+
+def test_wikitext_2_has_fewer_than_two_subwords_a_word(shared_dir: Path, open_corpus: OpenCorpus) -> None:
+    pytest.importorskip("tiktoken")
+    corpus = open_corpus(shared_dir / "data" / "wikitext-2", "wt103", vocab="bpe")
+    assert corpus.n_tokens("test") == 295_877
+    assert corpus.n_words("test") == 245_569
+    assert bpe.decode(corpus.ids("test")) == (shared_dir / "data" / "wikitext-2" / "test.txt").read_text(encoding="utf-8")
+
+
 # --- a vocabulary that is given ---
 
 
@@ -249,7 +358,7 @@ def test_the_second_opening_reads_the_cache_and_not_the_text(
     def unexpected(*_: object) -> None:
         raise AssertionError("the text was tokenised again")
 
-    monkeypatch.setattr(corpus_module, "read_tokens", unexpected)
+    monkeypatch.setattr(corpus_module, "scan_text", unexpected)
     second = open_corpus(folder, "text")
     assert (second.ids("test").tolist(), second.oov("test")) == expected
     assert second.vocabulary == first.vocabulary
@@ -272,7 +381,7 @@ def test_the_same_text_under_another_vocabulary_or_data_set_has_its_own_entry(
 ) -> None:
     other = Vocabulary(["<eos>", "cat", "the"], unit="word")
     assert open_corpus(folder, "text").ids("valid").tolist() != open_corpus(folder, "text", vocabulary=other).ids("valid").tolist()
-    assert len(cached_ids(tmp_path)) == 2
+    assert len(cached_ids(tmp_path)) == 3  # train.txt's was written when its words were counted
 
 
 def _truncated(content: bytes) -> bytes:
@@ -339,7 +448,7 @@ def test_a_failed_encoding_leaves_nothing_in_the_cache(folder: Path, open_corpus
     corpus = open_corpus(folder, "wt103")
     with pytest.raises(DataError):
         corpus.ids("test")
-    assert [path.suffixes for path in (tmp_path / "cache").iterdir()] == [[".vocab", ".json"]]
+    assert sorted(path.suffixes for path in (tmp_path / "cache").iterdir()) == [[".ids"], [".vocab", ".json"]]  # train.txt's alone
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable(folder: Path, tmp_path: Path) -> None:
@@ -359,6 +468,43 @@ def test_several_processes_may_build_the_same_entry_at_once(make_folder: MakeFol
         sums = pool.starmap(_open_and_sum, [(folder, tmp_path / "cache")] * 6)
     assert len(set(sums)) == 1
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_who_asks_for_a_text_that_is_being_prepared_waits_for_it(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(train="a b\n", valid="a\n", test="b\n")
+    began, scans = threading.Event(), []
+    scan = corpus_module.scan_text
+
+    def slow(path: Path, *args: Any, **kwargs: Any) -> Any:
+        scans.append(path.name)
+        began.set()
+        time.sleep(0.3)
+        return scan(path, *args, **kwargs)
+
+    monkeypatch.setattr(corpus_module, "scan_text", slow)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(_open_and_sum, folder, tmp_path / "cache")
+        assert began.wait(10)
+        second = pool.submit(_open_and_sum, folder, tmp_path / "cache")
+        assert first.result() == second.result()
+    assert scans == ["train.txt"]
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".ids", ".json"]
+
+
+def test_a_text_that_changes_while_it_is_read_is_not_kept(make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(train="a b\n", valid="a\n", test="b\n")
+    scan = corpus_module.scan_text
+
+    def changed(path: Path, *args: Any, **kwargs: Any) -> Any:
+        path.write_text("somebody writes\n")
+        return scan(path, *args, **kwargs)
+
+    monkeypatch.setattr(corpus_module, "scan_text", changed)
+    with pytest.raises(DataError, match=r"train\.txt was changed while it was read"):
+        load_corpus(folder, get_dataset("text"), cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -403,8 +549,8 @@ def test_wikitext_103_test_split_alone_can_be_scored(shared_dir: Path, open_corp
 
 
 def test_real_enwik8_bytes_are_seen_to_be_raw(shared_dir: Path) -> None:
-    assert corpus_module.detect_form(shared_dir / "data" / "enwik8" / "enwik5.txt", get_dataset("enwik8")) == "raw"
-    assert corpus_module.detect_form(shared_dir / "data" / "text8" / "sample.txt", get_dataset("text8")) == "raw"
+    assert detect_form(shared_dir / "data" / "enwik8" / "enwik5.txt", get_dataset("enwik8")) == "raw"
+    assert detect_form(shared_dir / "data" / "text8" / "sample.txt", get_dataset("text8")) == "raw"
 
 
 def test_the_references_character_corpus_is_seen_to_be_prepared(reference_cases: Path, open_corpus: OpenCorpus) -> None:

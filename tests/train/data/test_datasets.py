@@ -8,13 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from txl_train.data.datasets import DATASETS, SMALLEST_ADAPTIVE_VOCAB, check_folder, default_cutoffs, get_dataset
+from txl_train.data.datasets import (
+    DATASETS,
+    LM1B_VOCAB_SIZE,
+    SMALLEST_ADAPTIVE_VOCAB,
+    check_folder,
+    default_cutoffs,
+    default_tie_projections,
+    get_dataset,
+)
 from txl_train.errors import ConfigError, DataError
 
 from .conftest import MakeFolder
 
 
-@pytest.mark.parametrize("name", ["pydoc", "text", "wt103", "text8", "enwik8"])
+@pytest.mark.parametrize("name", ["pydoc", "text", "wt103", "lm1b", "text8", "enwik8"])
 def test_every_data_set_is_found_by_its_name(name: str) -> None:
     assert get_dataset(name).name == name
     assert DATASETS[name].description.endswith(".")
@@ -30,6 +38,15 @@ def test_the_full_wikitext_vocabulary_gets_the_specified_cutoffs() -> None:
     assert default_cutoffs(get_dataset("wt103"), 267_735) == (19_997, 39_997, 199_997)
 
 
+def test_one_billion_word_has_cutoffs_and_untied_projections_of_its_own() -> None:
+    spec = get_dataset("lm1b")
+    assert default_cutoffs(spec, LM1B_VOCAB_SIZE) == (59_997, 99_997, 639_997)
+    assert default_cutoffs(spec, 50_257) == (3_800, 6_333, 40_536)
+    assert default_tie_projections(spec, 3) == (False, False, False, False)
+    assert default_tie_projections(spec, 0) == (False,)
+    assert default_tie_projections(get_dataset("wt103"), 3) is None
+
+
 def test_a_smaller_vocabulary_gets_cutoffs_in_the_same_proportion() -> None:
     assert default_cutoffs(get_dataset("text"), 33_278) == (2_485, 4_971, 24_858)
 
@@ -39,9 +56,9 @@ def test_a_tiny_vocabulary_and_characters_get_no_cutoffs() -> None:
     assert default_cutoffs(get_dataset("text8"), 50_000) == ()
 
 
-@given(st.integers(1, 600_000))
-def test_no_cluster_is_ever_empty(vocab_size: int) -> None:
-    ends = (0, *default_cutoffs(get_dataset("wt103"), vocab_size), vocab_size)
+@given(st.integers(1, 900_000), st.sampled_from(["wt103", "lm1b"]))
+def test_no_cluster_is_ever_empty(vocab_size: int, dataset: str) -> None:
+    ends = (0, *default_cutoffs(get_dataset(dataset), vocab_size), vocab_size)
     assert all(start < end for start, end in zip(ends, ends[1:], strict=False))
 
 
@@ -49,6 +66,9 @@ def test_a_missing_folder_names_the_option(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="There is no folder") as caught:
         check_folder(tmp_path / "nowhere", get_dataset("text"))
     assert "--data" in str(caught.value.remedy)
+    with pytest.raises(DataError) as caught:
+        check_folder(tmp_path / "nowhere", get_dataset("lm1b"))
+    assert f"`txl data prepare lm1b --out {tmp_path / 'nowhere'}` makes one" in str(caught.value.remedy)
 
 
 def test_a_file_in_place_of_the_folder_names_its_folder(make_folder: MakeFolder) -> None:

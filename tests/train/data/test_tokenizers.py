@@ -11,7 +11,7 @@ import pytest
 from txl_train.data import tokenizers
 from txl_train.data.corpus import encode_text
 from txl_train.data.datasets import DATASETS, get_dataset
-from txl_train.data.tokenizers import raw_lines, tokenize_raw
+from txl_train.data.tokenizers import raw_lines, subword_lines, tokenize_raw, tokenized
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import ConfigError, EnvironmentUnfitError
 
@@ -50,6 +50,18 @@ def test_wikitext_tokens(raw: str, tokens: str) -> None:
 )
 def test_pydoc_tokens(raw: str, tokens: str) -> None:
     assert " ".join(tokenize_raw(raw, "pydoc")) == tokens
+
+
+@pytest.mark.parametrize(
+    ("raw", "tokens"),
+    [
+        ("It's $1,000 - 3.5% (well-known).", "It 's $ 1,000 - 3.5 % ( well-known ) ."),
+        ("the \u201ccurly\u201d & <one>", 'the " curly " & < one >'),
+        ("one.\ntwo.", "one . two ."),
+    ],
+)
+def test_one_billion_words_tokens(raw: str, tokens: str) -> None:
+    assert " ".join(tokenize_raw(raw, "lm1b")) == tokens
 
 
 def test_text_is_cut_at_blanks_only() -> None:
@@ -92,6 +104,35 @@ def test_raw_text_of_several_lines_can_be_encoded() -> None:
     assert encode_text(raw_lines("a\nb\n", "enwik8"), get_dataset("enwik8"), byte).tolist() == [0, 2, 1, 2]
     char = Vocabulary(["a", "b", "_"], unit="char")
     assert encode_text(raw_lines("a\nB", "text8"), get_dataset("text8"), char).tolist() == [0, 2, 1]
+
+
+def test_a_model_of_subwords_is_given_lines_as_its_data_set_has_them() -> None:
+    assert subword_lines("A well-known cat.\nB", get_dataset("wt103")) == [" A well @-@ known cat . ", " B "]
+    assert subword_lines("It's.", get_dataset("lm1b")) == ["It 's ."]
+    assert subword_lines("As  it is, isn't\tit?\n", get_dataset("text")) == ["As  it is, isn't\tit?"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "raw", "written"),
+    [
+        ("wt103", "A well-known cat.\n\nB", " A well @-@ known cat . \n  \n B "),
+        ("lm1b", "It's.\nA cat.\n", "It 's .\nA cat .\n"),
+        ("text8", "It's\n20, ?\nB", "i t _ s _ t w o _ z e r o _ b"),
+        ("text8", "\n ?\n", ""),
+        ("enwik8", "a\n\nb\n", "97\n\n98\n"),
+    ],
+)
+def test_raw_text_is_written_line_by_line_as_a_prepared_file(dataset: str, raw: str, written: str) -> None:
+    assert "".join(tokenized(raw.splitlines(keepends=True), get_dataset(dataset))) == written
+
+
+def test_raw_sentences_come_back_as_they_were_tokenised(shared_dir: Path) -> None:
+    sacremoses = pytest.importorskip("sacremoses")
+    join = sacremoses.MosesDetokenizer("en").detokenize
+    text = (shared_dir / "data" / "lm1b" / "1b_benchmark.test.tokens").read_text(encoding="utf-8")
+    lines = [line.split() for line in text.splitlines()][::12]
+    exact = sum(tokenize_raw(join(line, unescape=False), "lm1b") == line for line in lines)
+    assert exact >= 0.985 * len(lines)  # 99.3 % over the whole file
 
 
 def test_raw_wikitext_comes_back_as_it_was_tokenised(shared_dir: Path) -> None:

@@ -46,6 +46,17 @@ def test_unk_is_there_even_when_nothing_is_rare() -> None:
     assert Vocabulary.from_counts(counts("a a b"), unit="word", maps_unknown=True).symbols == ("a", "b", "<unk>")
 
 
+def test_unknown_words_may_have_another_name() -> None:
+    vocabulary = Vocabulary.from_counts(counts("a a x"), unit="word", specials=("<S>",), min_count=2, maps_unknown=True, unk="<UNK>")
+    assert vocabulary.symbols == ("<S>", "a", "<UNK>")
+    assert (vocabulary.eos_id, vocabulary.unk_id) == (0, 2)
+
+
+@pytest.mark.parametrize(("unit", "expected"), [("word", False), ("subword", False), ("char", True), ("byte", True)])
+def test_characters_and_bytes_are_scored_in_bits(unit: Any, expected: bool) -> None:
+    assert Vocabulary(["a"], unit=unit).counts_characters is expected
+
+
 def test_encode_and_decode_are_inverse() -> None:
     vocabulary = Vocabulary(["<eos>", "a", "b"], unit="word")
     ids = vocabulary.encode(["b", "a", "<eos>"])
