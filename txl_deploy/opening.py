@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 from txl_deploy import manifest as manifests
 from txl_deploy.corpora import ModelData
 from txl_deploy.export.artifact import VOCABULARY_FILE, ExportRequest, export_artifact
 from txl_deploy.runtimes.base import Runtime
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact, resolve_device
-from txl_train.config import MemoryKind
+from txl_train.config import MemoryKind, SameLengthRule
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import ManifestError, UsageError
 
@@ -26,8 +27,14 @@ class Lengths:
 
     tgt_len: int | None = None
     mem_len: int | None = None
+    ext_len: int | None = None
     clamp_len: int | None = None
     same_length: bool | None = None
+    same_length_rule: SameLengthRule | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return them by name, as arguments for whoever opens or exports a checkpoint."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True)
@@ -38,44 +45,47 @@ class Opened:
     model_data: ModelData
     origin: str
     """What the user named: the checkpoint or the artifact."""
+    of_length: Callable[[int], Runtime]
+    """Opens the same model, in the same way, for segments of so many tokens without extension; a `UsageError` for an artifact."""
 
 
 @contextlib.contextmanager
 def open_checkpoint(
-    path: Path, *, runtime: str, lengths: Lengths, memory: MemoryKind | None = None, device: str = "cpu", threads: int | None = None
+    path: Path,
+    *,
+    runtime: str,
+    lengths: Lengths,
+    memory: MemoryKind | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    keep: Path | None = None,
 ) -> Iterator[Opened]:
-    """Yield `path` in the runtime asked for; other runtimes than `pytorch` are exported into a temporary folder first."""
-    kind: MemoryKind = memory or "kv"
+    """Yield `path` in the runtime asked for; other runtimes than `pytorch` are exported first, to `keep` or into a temporary folder.
+
+    Raises:
+        UsageError: there is no such checkpoint, or something else is at `keep`.
+        CheckpointError: it is damaged.
+        ValidationError: what was exported computes something else than the checkpoint.
+    """
     if runtime == "pytorch":
-        eager, checkpoint = eager_from_checkpoint(
-            path,
-            tgt_len=lengths.tgt_len,
-            memory=kind,
-            mem_len=lengths.mem_len,
-            clamp_len=lengths.clamp_len,
-            same_length=lengths.same_length,
-            device=device,
-            threads=threads,
-        )
-        yield Opened(eager, ModelData(checkpoint.dataset, checkpoint.vocabulary, checkpoint.data_folder), str(path))
+        eager, checkpoint = eager_from_checkpoint(path, memory=memory, device=device, threads=threads, **lengths.as_dict())
+        data = ModelData(checkpoint.dataset, checkpoint.vocabulary, checkpoint.data_folder)
+        yield Opened(eager, data, str(path), eager.of_length)
         return
     resolve_device(device, [runtime])  # before the work of exporting
     with tempfile.TemporaryDirectory(prefix="txl-") as folder:
-        out = Path(folder) / runtime
-        export_artifact(
-            ExportRequest(
-                checkpoint=path,
-                out=out,
-                format=cast(Literal["onnx", "torchscript"], runtime),
-                memory=kind,
-                tgt_len=lengths.tgt_len,
-                mem_len=lengths.mem_len,
-                clamp_len=lengths.clamp_len,
-                same_length=lengths.same_length,
-            )
-        )
-        opened = open_exported(out, device=device, threads=threads)
-        yield dataclasses.replace(opened, origin=str(path))
+
+        def export(out: Path, wanted: Lengths) -> Opened:
+            form = cast(Literal["onnx", "torchscript"], runtime)
+            export_artifact(ExportRequest(checkpoint=path, out=out, format=form, memory=memory, **wanted.as_dict()))
+            return open_exported(out, device=device, threads=threads)
+
+        @functools.cache
+        def of_length(tgt_len: int) -> Runtime:
+            return export(Path(folder) / f"{runtime}-{tgt_len}", dataclasses.replace(lengths, tgt_len=tgt_len, ext_len=0)).runtime
+
+        opened = export(keep or Path(folder) / runtime, lengths)
+        yield dataclasses.replace(opened, origin=str(path), of_length=of_length)
 
 
 def open_exported(
@@ -95,27 +105,44 @@ def open_exported(
     runtime = open_artifact(directory, device=device, threads=threads)
     manifest = manifests.read_manifest(directory)
     if lengths is not None:
-        _check_lengths(manifest, lengths, memory, directory)
+        _check_lengths(runtime, lengths, memory, directory)
     vocabulary = Vocabulary.load(manifests.artifact_file(directory, VOCABULARY_FILE))
     if vocabulary.sha256 != manifest.vocabulary_sha256:
         raise ManifestError(
             f"{directory} holds another vocabulary than its manifest says.", remedy="Export the checkpoint again with `txl export`."
         )
-    return Opened(runtime, ModelData(manifest.dataset, vocabulary, manifest.data), str(directory))
+    data = ModelData(manifest.dataset, vocabulary, manifest.data)
+    return Opened(runtime, data, str(directory), functools.partial(_refuse_other_length, directory, runtime.info.tgt_len))
 
 
-def _check_lengths(manifest: manifests.Manifest, lengths: Lengths, memory: MemoryKind | None, directory: Path) -> None:
-    settings = manifest.settings
+def _check_lengths(runtime: Runtime, lengths: Lengths, memory: MemoryKind | None, directory: Path) -> None:
+    info = runtime.info
+    config = info.config
     clamp_len = lengths.clamp_len if lengths.clamp_len is None or lengths.clamp_len > 0 else 0
     for name, asked, has in (
-        ("tgt-len", lengths.tgt_len, settings.tgt_len),
-        ("mem-len", lengths.mem_len, settings.mem_len),
-        ("clamp-len", clamp_len, settings.clamp_len or 0),
-        ("same-length", lengths.same_length, settings.same_length),
-        ("memory", memory, settings.memory),
+        ("tgt-len", lengths.tgt_len, info.tgt_len),
+        ("mem-len", lengths.mem_len, config.mem_len),
+        ("ext-len", lengths.ext_len, config.ext_len),
+        ("clamp-len", clamp_len, config.clamp_len or 0),
+        ("same-length", lengths.same_length, config.same_length),
+        ("memory", memory, info.memory),
     ):
         if asked is not None and asked != has:
             raise UsageError(
                 f"{directory} was exported for `--{name}` {has}, but {asked} was asked for: that is fixed in an exported model.",
                 remedy="Leave the option out, or export the checkpoint again with it.",
             )
+    if config.same_length and lengths.same_length_rule not in (None, config.same_length_rule):
+        raise UsageError(
+            f"{directory} was exported for `--same-length` over {config.same_length_rule} keys, but {lengths.same_length_rule} were "
+            "asked for: that is fixed in an exported model.",
+            remedy="Evaluate the checkpoint instead, with `--checkpoint FILE`.",
+        )
+
+
+def _refuse_other_length(directory: Path, tgt_len: int, asked: int) -> NoReturn:
+    raise UsageError(
+        f"{directory} takes segments of {tgt_len} tokens only, and this evaluation has some of {asked} that cannot be filled up, as what "
+        "follows depends on them.",
+        remedy="Evaluate the checkpoint instead, with `--checkpoint FILE --runtime torchscript` or `onnx`, or leave out `--repeat`.",
+    )

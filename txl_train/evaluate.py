@@ -153,8 +153,7 @@ def evaluate(
     world = world or World()
     memory = stepper.initial_memory(batch_size)
     total, n_tokens, n_segments, not_finite = 0.0, 0, 0, -1
-    step_ns: list[int] = []
-    step_tokens: list[int] = []
+    steps: list[tuple[int, int, int]] = []
     start = time.perf_counter()
     for segment in segments:
         if max_segments is not None and n_segments >= max_segments:
@@ -168,8 +167,7 @@ def evaluate(
         n_counted = int(segment.counted_BT.sum())
         if synchronize is not None:
             synchronize()
-            step_ns.append(time.perf_counter_ns() - step_start)
-            step_tokens.append(n_counted or segment.target_ids_BT.size)  # a segment of which nothing counts is no padding
+            steps.append((time.perf_counter_ns() - step_start, n_counted, segment.target_ids_BT.size))
         part = counted_sum(nll_BT, segment.counted_BT)
         if not np.isfinite(part):
             not_finite = segment.index
@@ -189,15 +187,14 @@ def evaluate(
                 remedy="Evaluate in fp32; if it persists, the weights themselves are damaged: use an earlier checkpoint.",
             )
     by_process = tuple(ProcessScore(float(part[0]), int(part[1])) for part in figures)
-    if step_ns:
-        step_ns = torch.stack(world.gather(torch.tensor(step_ns))).amax(dim=0).tolist()
-        step_tokens = torch.stack(world.gather(torch.tensor(step_tokens))).sum(dim=0).tolist()
+    by_step = torch.stack(world.gather(torch.tensor(steps))) if steps else torch.zeros(1, 0, 3)  # [processes, steps, 3]
+    counts: list[list[int]] = by_step[:, :, 1:].sum(dim=0).tolist()
     return EvalResult(
         nll_nats_sum=sum(part.nll_nats_sum for part in by_process),
         n_tokens=sum(part.n_tokens for part in by_process),
         n_segments=n_segments,
         seconds=max(float(part[2]) for part in figures),
         by_process=by_process if world.size > 1 else (),
-        step_seconds=tuple(ns / 1e9 for ns in step_ns),
-        step_tokens=tuple(step_tokens),
+        step_seconds=tuple(ns / 1e9 for ns in by_step[:, :, 0].amax(dim=0).tolist()),
+        step_tokens=tuple(n_counted or n_all for n_counted, n_all in counts),  # where nothing counts, it is a warm-up and no padding
     )

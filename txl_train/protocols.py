@@ -1,9 +1,9 @@
 """How a text is cut, which of its tokens are scored and how their mean is taken: this toolkit's own protocol, and NVIDIA's two.
 
-`exact` is `data.segments.SegmentIterator`: every token that has a predecessor is scored once, from a cold start. NVIDIA's evaluation differs
-from it, and its code of 2019 (commit ca28f554 of DeepLearningExamples) from that of 2023 (8f822371): equal columns, the rest of the
-text dropped, a shorter last segment, in 2023 unscored segments before the text, a memory that outlives a pass. All of it is known here,
-for comparison with results that were made so; the arithmetic of a segment is known to whoever runs it.
+`exact` is `data.segments.SegmentIterator`: every token that has a predecessor is scored once, from a cold start. NVIDIA's evaluation
+differs from it, and its code of 2019 (commit ca28f554 of DeepLearningExamples) from that of 2023 (8f822371): equal columns, the rest of
+the text dropped, a shorter last segment, in 2023 unscored segments before the text, a memory that outlives a pass. All of it is known
+here, for comparison with results that were made so; the arithmetic of a segment is known to whoever runs it.
 """
 
 # Shape suffixes: B columns, T targets of a segment, Q its inputs (with the extension there is), M mem_len, N tokens of the text
@@ -169,14 +169,13 @@ class NvidiaSegments:
         self.n_warm_up = warm_up_len // tgt_len
         """Segments of a pass that are not scored."""
         if self._n_segments <= self.n_warm_up:
-            cause = (
-                f"columns of {rows} tokens are too short for a warm-up of {warm_up_len}"
-                if n_segments <= self.n_warm_up
-                else f"`--max-size` {max_segments} ends within a warm-up of {self.n_warm_up}"
-            )
+            cause, mend = f"`--max-size` {max_segments} ends before a warm-up of {self.n_warm_up} does", "a larger `--max-size`"
+            if n_segments <= self.n_warm_up:
+                cause = f"columns of {rows} tokens are too short for a warm-up of {warm_up_len}"
+                mend = "a smaller `--batch-size` or `--mem-len`"
             raise DataError(
                 f"No token would be scored: all {self._n_segments} segments belong to the warm-up ({cause}).",
-                remedy="Give a smaller `--batch-size` or `--mem-len`, a larger `--max-size`, or use `--protocol exact`, which has none.",
+                remedy=f"Give {mend}, or use `--protocol exact`, which scores every token.",
             )
 
     def __len__(self) -> int:
@@ -194,7 +193,7 @@ class NvidiaSegments:
             )
 
     def lengths_to_continue(self) -> set[int]:
-        """Return the lengths of the further steppers that a second pass with the memory of the first takes: see `UnevenStepper`."""
+        """Return the lengths of the further steppers that going on after every segment takes: see `UnevenStepper`."""
         lengths: set[int] = set()
         for index in range(len(self)):
             _, before, length = self._shape(index)
@@ -232,7 +231,7 @@ class UnevenStepper:
     Args:
         stepper: for `ext_len` + `tgt_len` inputs and `tgt_len` targets.
         others: by their tgt_len, steppers of the same model without extension: those of `lengths_to_continue` where passes continue
-            each other, none otherwise.
+            each other (or padding would change the model's positions), none otherwise.
     """
 
     def __init__(self, stepper: Stepper, others: Mapping[int, Stepper], *, tgt_len: int, ext_len: int) -> None:

@@ -1,17 +1,22 @@
-"""What NVIDIA's own code computed with its own checkpoints, recomputed here in eager PyTorch, TorchScript and ONNX Runtime."""
+"""What NVIDIA's own code computed with its own checkpoints, recomputed here in eager PyTorch, TorchScript and ONNX Runtime.
+
+Whole evaluations go through the command line alone: `txl import`, then `txl eval --protocol`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.reference.nvidia import ReferenceCase, encode_split, load_nvidia_checkpoint, read_cases
+from tests.reference.nvidia import load_nvidia_checkpoint
 from tests.support import build_model
+from txl_deploy.cli.main import main
 from txl_deploy.export.onnx import export_onnx
 from txl_deploy.export.torchscript import export_torchscript
 from txl_deploy.runtimes.base import RuntimeInfo
@@ -27,18 +32,120 @@ LOSS_TOLERANCE = 5e-6
 """Agreement that the reference states for a correct FP32 implementation, nats per token."""
 
 RUNTIMES = ["pytorch", "torchscript", "onnx"]
-QUICK = ["adaptive-004", "adaptive-014"]
-THOROUGH = [
-    "adaptive-000",
-    "adaptive-002",
-    "adaptive-008",
-    "adaptive-010",
-    "adaptive-016",
-    "adaptive-030",
-    "seed2019-002",
-    "divval2nt-090",
-    "text8-110",
+
+ALL_CASES = [
+    *(f"adaptive-{i:03d}" for i in range(0, 37, 2)),
+    *("divval2nt-090", "divval2nt-092", "divval2nt-094", "text8-108", "text8-110"),
+    *(f"adaptive-manual-{name}" for name in ("120", "122", "124", "126", "128", "multi")),
+    *(f"seed2019-{i:03d}" for i in range(0, 17, 2)),
+    *("seed2019-manual-018", "seed2019-manual-020"),
 ]
+FAILED_THERE = "text8-112"
+"""What NVIDIA's code ended with an error: two TorchScript models in one process."""
+
+ELSEWHERE = {
+    "torchscript": [
+        *("adaptive-018", "adaptive-028", "adaptive-032", "adaptive-034", "adaptive-manual-128"),
+        *("divval2nt-094", "seed2019-008", "text8-110"),
+    ],
+    "onnx": ["adaptive-034", "seed2019-014", "text8-110"],
+}
+"""Cases that other runtimes than eager PyTorch repeat: both lineages, extension, repeat, short memories, manual text."""
+
+QUICK = ("pytorch/adaptive-manual-multi", "pytorch/seed2019-manual-020", "torchscript/text8-110")
+CASES = [f"pytorch/{case}" for case in ALL_CASES] + [f"{name}/{case}" for name, cases in ELSEWHERE.items() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Import a checkpoint of NVIDIA's, once."""
+    folder = tmp_path_factory.mktemp("imported")
+
+    def import_once(path: Path) -> Path:
+        ours = folder / path.name
+        if not ours.exists():
+            assert main(["import", str(path), "--out", str(ours)]) == 0
+        return ours
+
+    return import_once
+
+
+@pytest.fixture(scope="module")
+def documents() -> dict[tuple[str, ...], dict[str, Any]]:
+    """What was printed for a command line: NVIDIA recorded several under two names."""
+    return {}
+
+
+def recorded(reference_cases: Path, case_id: str) -> dict[str, Any]:
+    entries: list[dict[str, Any]] = json.loads((reference_cases / "expected.json").read_text())["cases"]
+    return next(entry for entry in entries if entry["id"] == case_id)
+
+
+def command_line(root: Path, case: dict[str, Any], checkpoint: Path, runtime: str) -> list[str]:
+    """Return NVIDIA's own arguments behind the protocol of their lineage; the checkpoint and the runtime are ours."""
+    arguments = list(case["args"])
+    if "--type" in arguments:
+        at = arguments.index("--type")
+        del arguments[at : at + 2]
+    protocol = f"nvidia-{case['lineage']}"
+    ours = ["--checkpoint", str(checkpoint), "--data", str(root / case["data"]), "--protocol", protocol, "--runtime", runtime]
+    return ["eval", *ours, *arguments]
+
+
+def test_every_recorded_case_is_among_those_below(reference_cases: Path) -> None:
+    entries = json.loads((reference_cases / "expected.json").read_text())["cases"]
+    assert sorted(entry["id"] for entry in entries) == sorted([*ALL_CASES, FAILED_THERE])
+    assert not {name.partition("/")[2] for name in CASES} - set(ALL_CASES)
+
+
+@pytest.mark.parametrize("name", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+def test_the_command_line_has_the_loss_the_tokens_and_the_line_of_the_reference(
+    reference_cases: Path,
+    imported: Callable[[Path], Path],
+    documents: dict[tuple[str, ...], dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    runtime, _, case_id = name.partition("/")
+    case = recorded(reference_cases, case_id)
+    arguments = tuple(command_line(reference_cases, case, imported(reference_cases / case["checkpoint"]), runtime))
+    capsys.readouterr()
+    if arguments not in documents:
+        assert main([*arguments, "--json"]) == 0
+        documents[arguments] = json.loads(capsys.readouterr().out)
+    document = documents[arguments]
+    assert document["nll_nats_per_token"] == pytest.approx(case["expected_loss_nats"], abs=LOSS_TOLERANCE)
+    assert document["perplexity"] == pytest.approx(case["expected_ppl"], rel=LOSS_TOLERANCE)
+    assert document["bits_per_char"] == pytest.approx(case["expected_bpc"], abs=1e-5)
+    assert (document["n_tokens"], document["n_segments"]) == (case["tokens_scored"], case["segments"])
+    assert document["runtime"] == runtime
+
+
+def test_the_line_of_the_result_is_the_reference_s_to_the_blank_at_its_end(
+    reference_cases: Path, imported: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for case_id in ("adaptive-036", "text8-110"):
+        case = recorded(reference_cases, case_id)
+        assert main(command_line(reference_cases, case, imported(reference_cases / case["checkpoint"]), "pytorch")) == 0
+        assert case["log_line"] in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.slow
+def test_what_nvidias_code_failed_to_compute_is_computed(
+    reference_cases: Path, imported: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = recorded(reference_cases, FAILED_THERE)
+    assert "reference_error" in case
+    losses = []
+    for runtime in ("pytorch", "torchscript"):
+        arguments = command_line(reference_cases, case, imported(reference_cases / case["checkpoint"]), runtime)
+        capsys.readouterr()
+        assert main([*arguments, "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["n_tokens"] == 10 * (document["n_tokens_in_text"] // 10 - 1)
+        losses.append(document["nll_nats_per_token"])
+    assert losses[0] == pytest.approx(losses[1], abs=LOSS_TOLERANCE)
+    assert 2.1 < losses[0] < 2.3, "that of its neighbours, text8-108 and text8-110"
 
 
 def open_runtime(name: str, model: TransformerXL, config: ModelConfig, tgt_len: int, memory: MemoryKind, folder: Path) -> Stepper:
@@ -49,39 +156,6 @@ def open_runtime(name: str, model: TransformerXL, config: ModelConfig, tgt_len: 
     if name == "torchscript":
         return TorchScriptRuntime(folder / export_torchscript(step, folder)[0], info)
     return OnnxRuntime(folder / export_onnx(step, folder, {})[0], info, threads=1)
-
-
-def padded(segments: Iterator[tuple[np.ndarray, np.ndarray, bool]], tgt_len: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, bool]]:
-    """Yield inputs and targets of full length, with the number of real tokens: only the last segment is shorter."""
-    for input_ids, target_ids, counted in segments:
-        length = input_ids.shape[1]
-        widths = ((0, 0), (0, tgt_len - length))
-        yield torch.from_numpy(np.pad(input_ids, widths)), torch.from_numpy(np.pad(target_ids, widths)), length, counted
-
-
-def loss_of(case: ReferenceCase, stepper: Stepper, symbols: list[str]) -> tuple[float, int]:
-    """Return the mean nll over what the reference scores, in its order, and the number of tokens."""
-    total, n_tokens = 0.0, 0
-    memory = stepper.initial_memory(case.batch_size)
-    for input_ids, target_ids, length, counted in padded(case.evaluation_segments(encode_split(case, symbols)), case.tgt_len):
-        nll, memory = stepper.step(input_ids, target_ids, memory)
-        if counted:
-            total += float(nll[:, :length].double().sum())
-            n_tokens += input_ids.shape[0] * length
-    return total / n_tokens, n_tokens
-
-
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("case_id", [*QUICK, *(pytest.param(case_id, marks=pytest.mark.slow) for case_id in THOROUGH)])
-def test_the_loss_of_a_whole_evaluation_equals_the_reference(reference_cases: Path, tmp_path: Path, case_id: str, runtime: str) -> None:
-    case = next(case for case in read_cases(reference_cases) if case.id == case_id)
-    saved = load_nvidia_checkpoint(case.checkpoint)
-    config = case.model_config(saved.config)
-    model = build_model(saved.config, saved.parameters)
-    stepper = open_runtime(runtime, model, config, case.tgt_len, "kv", tmp_path)
-    loss, n_tokens = loss_of(case, stepper, saved.symbols)
-    assert n_tokens == case.tokens_scored
-    assert loss == pytest.approx(case.expected_loss_nats, abs=LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize("memory", ["kv", "hidden"])

@@ -35,6 +35,8 @@ class Workload:
     ids_N: NDArray[np.integer]
     batch_size: int
     tgt_len: int
+    ext_len: int = 0
+    """Tokens before each segment that its input begins with."""
     dataset: str = ""
     """Name of the data set, for the record."""
     split: str = ""
@@ -44,7 +46,7 @@ class Workload:
 
     @cached_property
     def _segments(self) -> SegmentIterator:
-        return SegmentIterator(self.ids_N, batch_size=self.batch_size, tgt_len=self.tgt_len)
+        return SegmentIterator(self.ids_N, batch_size=self.batch_size, tgt_len=self.tgt_len, ext_len=self.ext_len)
 
     @cached_property
     def steps_per_pass(self) -> int:
@@ -66,12 +68,12 @@ class Workload:
         return self._segments.segment(step % self.steps_per_pass)
 
     def tensors(self, segment: Segment, device: str) -> tuple[Tensor, Tensor]:
-        """Return the segment's input and target ids, int64 [B, T], on the device."""
+        """Return the segment's input ids, int64 [B, E+T], and target ids, [B, T], on the device."""
         import torch
 
-        input_ids_BT = torch.from_numpy(np.ascontiguousarray(segment.input_ids_BT)).to(device)
+        input_ids_BQ = torch.from_numpy(np.ascontiguousarray(segment.input_ids_BT)).to(device)
         target_ids_BT = torch.from_numpy(np.ascontiguousarray(segment.target_ids_BT)).to(device)
-        return input_ids_BT, target_ids_BT
+        return input_ids_BQ, target_ids_BT
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:

@@ -111,6 +111,7 @@ def command(
     warmup: int,
     tgt_len: int | None,
     mem_len: int | None,
+    ext_len: int | None,
     clamp_len: int | None,
     same_length: bool | None,
     out: Path | None,
@@ -148,14 +149,15 @@ def command(
         )
     if out is not None:
         _check_writable(out)
-    lengths = Lengths(tgt_len=tgt_len, mem_len=mem_len, clamp_len=clamp_len, same_length=same_length)
-    groups, model_data = open_contenders(artifacts, checkpoint, lengths, cast(MemoryKind, memory or "kv"), device=device, threads=threads)
+    lengths = Lengths(tgt_len=tgt_len, mem_len=mem_len, ext_len=ext_len, clamp_len=clamp_len, same_length=same_length)
+    groups, model_data = open_contenders(artifacts, checkpoint, lengths, cast(MemoryKind | None, memory), device=device, threads=threads)
     corpus = open_corpus(model_data, dataset=dataset, data=data)
     ids, spec_name = corpus.ids(split), corpus.spec.name
     plan = [
-        (group, Workload(ids_N=ids, batch_size=size, tgt_len=group[0].runtime.info.tgt_len, dataset=spec_name, split=split))
+        (group, Workload(ids_N=ids, batch_size=size, tgt_len=info.tgt_len, ext_len=info.config.ext_len, dataset=spec_name, split=split))
         for size in sizes
         for group in groups
+        for info in [group[0].runtime.info]
     ]
     environment = describe_environment(threads=_threads_used(threads), device=groups[0][0].runtime.info.device)
     result = BenchResult(
@@ -181,7 +183,7 @@ def command(
 
 
 def open_contenders(
-    artifacts: Sequence[Path], checkpoint: Path | None, lengths: Lengths, memory: MemoryKind, *, device: str, threads: int | None
+    artifacts: Sequence[Path], checkpoint: Path | None, lengths: Lengths, memory: MemoryKind | None, *, device: str, threads: int | None
 ) -> tuple[list[list[Contender]], ModelData]:
     """Open what is to be measured, in groups of equal lengths, each led by the reference if there is a checkpoint.
 
@@ -205,7 +207,7 @@ def open_contenders(
     groups: dict[tuple[object, ...], list[Contender]] = {}
     for item in opened:
         config = item.runtime.info.config
-        key = (item.runtime.info.tgt_len, config.mem_len, config.clamp_len, config.max_distance)
+        key = (item.runtime.info.tgt_len, config.mem_len, config.ext_len, config.clamp_len, config.max_distance)
         groups.setdefault(key, []).append(Contender(item.runtime))
     if checkpoint is None:
         return list(groups.values()), opened[0].model_data
@@ -218,8 +220,10 @@ def open_contenders(
             tgt_len=info.tgt_len if info else lengths.tgt_len,
             memory=memory,
             mem_len=info.mem_len if info else lengths.mem_len,
+            ext_len=info.config.ext_len if info else lengths.ext_len,
             clamp_len=(info.config.clamp_len or -1) if info else lengths.clamp_len,
             same_length=info.config.same_length if info else lengths.same_length,
+            same_length_rule=info.config.same_length_rule if info else lengths.same_length_rule,
             device=device,
             threads=threads,
         )

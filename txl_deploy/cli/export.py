@@ -30,6 +30,7 @@ def command(
     memory: str | None,
     tgt_len: int | None,
     mem_len: int | None,
+    ext_len: int | None,
     clamp_len: int | None,
     same_length: bool | None,
     overwrite: bool,
@@ -51,9 +52,10 @@ def command(
             checkpoint=checkpoint,
             out=out,
             format=cast(Literal["onnx", "torchscript"], format_name),
-            memory=cast(MemoryKind, memory or "kv"),
+            memory=cast(MemoryKind | None, memory),
             tgt_len=tgt_len,
             mem_len=mem_len,
+            ext_len=ext_len,
             clamp_len=clamp_len,
             same_length=same_length,
             overwrite=overwrite,
@@ -70,13 +72,15 @@ def command(
                 "checkpoint_sha256": exported.manifest.source.checkpoint_sha256,
                 "tgt_len": exported.manifest.settings.tgt_len,
                 "mem_len": exported.manifest.settings.mem_len,
+                "ext_len": exported.manifest.model["ext_len"],
                 "memory": exported.manifest.settings.memory,
                 "checked": None if parity is None else {"passed": parity.passed, "max_abs_delta_nll": parity.max_abs_delta_nll},
             }
         )
         return
     settings = exported.manifest.settings
-    lengths = f"tgt_len {settings.tgt_len}, mem_len {settings.mem_len}, any batch size"
+    extension = f", ext_len {exported.manifest.model['ext_len']}" if exported.manifest.model["ext_len"] else ""
+    lengths = f"tgt_len {settings.tgt_len}, mem_len {settings.mem_len}{extension}, any batch size"
     click.echo(f"{exported.directory}: {format_name}, fp32, {settings.memory} memory, {lengths}")
     for name, record in exported.manifest.files.items():
         click.echo(f"  {name}  {record.bytes / 1e6:.1f} MB  sha256 {record.sha256[:12]}…")

@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def length_options(command: F) -> F:
-    """Add `--tgt-len`, `--mem-len`, `--clamp-len` and `--same-length/--no-same-length`; None keeps the model's own."""
+    """Add `--tgt-len`, `--mem-len`, `--ext-len`, `--clamp-len` and `--same-length/--no-same-length`; None keeps the model's own."""
     for option in (
         click.option(
             "--same-length/--no-same-length", default=None, help="Every token attends to the same number of keys.  [default: as trained]"
@@ -21,6 +21,12 @@ def length_options(command: F) -> F:
             type=int,
             metavar="N",
             help="Distances above it share one encoding, in tokens; -1 for no limit.  [default: as trained]",
+        ),
+        click.option(
+            "--ext-len",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="Tokens before each segment that are read once more as context and not scored.  [default: as trained]",
         ),
         click.option(
             "--mem-len", type=click.IntRange(min=0), metavar="N", help="Past positions kept per layer, in tokens.  [default: as trained]"
@@ -34,7 +40,7 @@ def length_options(command: F) -> F:
 
 
 def memory_option(command: F) -> F:
-    """Add `--memory` as the argument `memory: str | None`, one of kv, hidden; None means kv, or whatever an artifact has."""
+    """Add `--memory` as the argument `memory: str | None`, one of kv, hidden; None means the best there is, or what an artifact has."""
     return click.option(
         "--memory",
         type=click.Choice(["kv", "hidden"]),

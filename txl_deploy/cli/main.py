@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("txl_deploy.cli.bench:command", "Latency, throughput and perplexity at several batch sizes."),
     "report": ("txl_deploy.cli.report:command", "One page of tables and plots from measured results."),
     "data": ("txl_deploy.cli.data:command", "Build a data set, or count what is in one."),
+    "import": ("txl_deploy.cli.import_:command", "Make a checkpoint of NVIDIA, the authors or Hugging Face one of ours."),
     "inspect": ("txl_deploy.cli.inspect:command", "Say what a checkpoint, an exported model or a graph is."),
     "verify": ("txl_deploy.cli.verify:command", "Recompute the checksums of an exported model."),
     "doctor": ("txl_deploy.cli.doctor:command", "What works on this machine, and what mends the rest."),

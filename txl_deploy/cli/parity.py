@@ -69,8 +69,10 @@ def command(
         tgt_len=info.tgt_len,
         memory=info.memory,
         mem_len=info.mem_len,
+        ext_len=info.config.ext_len,
         clamp_len=info.config.clamp_len or -1,
         same_length=info.config.same_length,
+        same_length_rule=info.config.same_length_rule,
         device="cpu",
         threads=threads,
     )
@@ -81,7 +83,7 @@ def command(
             remedy="Give the checkpoint it was made from, or export this one again.",
         )
     corpus = open_corpus(opened.model_data, dataset=dataset, data=data)
-    iterator = SegmentIterator(corpus.ids(split), batch_size=batch_size, tgt_len=info.tgt_len)
+    iterator = SegmentIterator(corpus.ids(split), batch_size=batch_size, tgt_len=info.tgt_len, ext_len=info.config.ext_len)
     chosen = list(itertools.islice(iterator, segments or default_segments(info.config, info.tgt_len)))
     with progress("comparing", len(chosen)) as advance:
         result = compare(reference, opened.runtime, chosen, on_step=advance)

@@ -22,10 +22,10 @@ from txl_deploy.export.torchscript import export_torchscript
 from txl_deploy.manifest import Format, Manifest
 from txl_deploy.parity.rollout import ParityResult, compare, random_segments
 from txl_deploy.runtimes.eager import EagerRuntime
-from txl_deploy.runtimes.registry import open_artifact
+from txl_deploy.runtimes.registry import memory_kind, open_artifact
 from txl_deploy.signature import TensorSpec, step_signature
 from txl_train.checkpoint import load_model
-from txl_train.config import MemoryKind, to_dict
+from txl_train.config import MemoryKind, SameLengthRule, to_dict
 from txl_train.errors import EnvironmentUnfitError, ManifestError, UsageError, ValidationError
 from txl_train.model.inference import InferenceStep, with_lengths
 
@@ -40,11 +40,13 @@ class ExportRequest:
     checkpoint: Path
     out: Path
     format: Format
-    memory: MemoryKind = "kv"
+    memory: MemoryKind | None = None
     tgt_len: int | None = None
     mem_len: int | None = None
+    ext_len: int | None = None
     clamp_len: int | None = None
     same_length: bool | None = None
+    same_length_rule: SameLengthRule | None = None
     overwrite: bool = False
     command: str = "txl export"
 
@@ -68,12 +70,20 @@ def export_artifact(request: ExportRequest) -> Exported:
     check_target(request.out, overwrite=request.overwrite)
     model, checkpoint = load_model(request.checkpoint)
     model.eval()
-    config = with_lengths(model.config, mem_len=request.mem_len, clamp_len=request.clamp_len, same_length=request.same_length)
+    config = with_lengths(
+        model.config,
+        mem_len=request.mem_len,
+        ext_len=request.ext_len,
+        clamp_len=request.clamp_len,
+        same_length=request.same_length,
+        same_length_rule=request.same_length_rule,
+    )
     tgt_len = checkpoint.eval_tgt_len if request.tgt_len is None else request.tgt_len
-    step = InferenceStep(model, tgt_len, request.memory, config)
+    memory = memory_kind(config, request.memory)
+    step = InferenceStep(model, tgt_len, memory, config)
     assert checkpoint.sha256 is not None  # it was loaded from a file
     source_sha256 = checkpoint.sha256
-    signature = step_signature(config, tgt_len=tgt_len, memory=request.memory)
+    signature = step_signature(config, tgt_len=tgt_len, memory=memory)
     with _folder_beside(request.out, overwrite=request.overwrite) as directory:
         if request.format == "onnx":
             metadata = {
@@ -81,10 +91,11 @@ def export_artifact(request: ExportRequest) -> Exported:
                 "vocabulary_sha256": checkpoint.vocabulary.sha256,
                 "tgt_len": str(tgt_len),
                 "mem_len": str(config.mem_len),
+                "ext_len": str(config.ext_len),
                 "clamp_len": str(config.clamp_len),
                 "same_length": str(config.same_length).lower(),
                 "same_length_rule": config.same_length_rule,
-                "memory": request.memory,
+                "memory": memory,
                 "dtype": "fp32",
             }
             files = export_onnx(step, directory, metadata)
@@ -103,7 +114,7 @@ def export_artifact(request: ExportRequest) -> Exported:
                     clamp_len=config.clamp_len,
                     same_length=config.same_length,
                     same_length_rule=config.same_length_rule,
-                    memory=request.memory,
+                    memory=memory,
                     dtype="fp32",
                 ),
                 inputs=[_record(spec) for spec in signature.inputs],
@@ -120,7 +131,7 @@ def export_artifact(request: ExportRequest) -> Exported:
             runtime = open_artifact(directory)
         except EnvironmentUnfitError:
             return Exported(request.out, manifest, None)
-        reference = EagerRuntime(model, tgt_len=tgt_len, memory=request.memory, config=config, origin=str(request.checkpoint))
+        reference = EagerRuntime(model, tgt_len=tgt_len, memory=memory, config=config, origin=str(request.checkpoint))
         parity = compare(reference, runtime, random_segments(config, tgt_len=tgt_len))
         if not parity.passed:
             raise ValidationError(

@@ -94,8 +94,13 @@ def random_segments(
     generator = np.random.default_rng(seed)
     ids_BN = generator.integers(0, config.vocab_size, (batch_size, n_segments * tgt_len + 1), dtype=np.int64)
     counted_BT = np.ones((batch_size, tgt_len), dtype=bool)
-    cuts = [(i, i * tgt_len) for i in range(n_segments)]
-    return [Segment(ids_BN[:, at : at + tgt_len].copy(), ids_BN[:, at + 1 : at + tgt_len + 1].copy(), counted_BT, i) for i, at in cuts]
+    extended_BN = np.pad(ids_BN, ((0, 0), (config.ext_len, 0)))
+    segments = []
+    for i in range(n_segments):
+        first, end = i * tgt_len, (i + 1) * tgt_len
+        input_ids_BQ, target_ids_BT = extended_BN[:, first : end + config.ext_len], ids_BN[:, first + 1 : end + 1]
+        segments.append(Segment(input_ids_BQ.copy(), target_ids_BT.copy(), counted_BT, i))
+    return segments
 
 
 def streams_to_reset(index: int, batch_size: int, n_segments: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from txl_deploy.runtimes.base import RuntimeInfo, check_shapes
@@ -24,7 +26,7 @@ class EagerRuntime:
         origin: str = "",
         checkpoint_sha256: str | None = None,
     ) -> None:
-        model.eval()
+        self._model = model.eval()
         self._stepper = ModelStepper(model, tgt_len=tgt_len, memory=memory, config=config)
         self._device = model.embedding.weights[0].device
         self._info = RuntimeInfo(
@@ -44,14 +46,26 @@ class EagerRuntime:
         """What this is."""
         return self._info
 
+    def of_length(self, tgt_len: int) -> EagerRuntime:
+        """Return the same model for segments of `tgt_len` tokens without extension; the two can take turns on one memory."""
+        info = self._info
+        return EagerRuntime(
+            self._model,
+            tgt_len=tgt_len,
+            memory=info.memory,
+            config=dataclasses.replace(info.config, ext_len=0),
+            origin=info.origin,
+            checkpoint_sha256=info.checkpoint_sha256,
+        )
+
     def initial_memory(self, batch_size: int) -> Memory:
         """Return the memory of `batch_size` streams at a cold start."""
         return self._stepper.initial_memory(batch_size)
 
-    def step(self, input_ids_BT: torch.Tensor, target_ids_BT: torch.Tensor, memory: Memory) -> StepOutput:
+    def step(self, input_ids_BQ: torch.Tensor, target_ids_BT: torch.Tensor, memory: Memory) -> StepOutput:
         """Score one segment."""
-        check_shapes(self._info, input_ids_BT, target_ids_BT, memory)
-        return self._stepper.step(input_ids_BT, target_ids_BT, memory)
+        check_shapes(self._info, input_ids_BQ, target_ids_BT, memory)
+        return self._stepper.step(input_ids_BQ, target_ids_BT, memory)
 
     def synchronize(self) -> None:
         """Wait for the device."""

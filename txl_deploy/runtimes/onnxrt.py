@@ -60,7 +60,8 @@ class OnnxRuntime:
                 f"This onnxruntime has no {wanted}.", remedy="Install the GPU build: `pip install 'txl[onnx-gpu]'`, or use `--device cpu`."
             )
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
+            settings = {"device_id": torch.device(info.device).index or 0} if on_gpu else {}
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=[(wanted, settings)])
         except Exception as error:  # onnxruntime's exceptions share no public base class
             reason = str(error).strip().splitlines()[0]
             if on_gpu:
@@ -107,7 +108,7 @@ class OnnxRuntime:
         check_shapes(self._info, input_ids_BT, target_ids_BT, memory)
         rows = cluster_rows(target_ids_BT.reshape(-1), self._cluster_ends)
         inputs = [tensor.contiguous() for tensor in (input_ids_BT, target_ids_BT, *rows, memory.length_B, *memory.states)]
-        nll_BT = torch.empty(input_ids_BT.shape, device=self._device)
+        nll_BT = torch.empty(target_ids_BT.shape, device=self._device)
         length_B = torch.empty_like(memory.length_B)
         states = self._take_buffers(memory)
         self._bind(self._binding.bind_input, self._signature.inputs, inputs)

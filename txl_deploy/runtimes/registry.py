@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from txl_deploy import manifest as manifests
 from txl_deploy.manifest import Manifest
 from txl_deploy.runtimes.base import Runtime, RuntimeInfo
-from txl_train.config import MemoryKind, ModelConfig, model_config_from_dict
+from txl_train.config import MemoryKind, ModelConfig, SameLengthRule, model_config_from_dict
 from txl_train.device import resolve_device as device_named
 from txl_train.errors import ManifestError
 from txl_train.files import file_sha256
 
 if TYPE_CHECKING:
+    from txl_deploy.runtimes.eager import EagerRuntime
     from txl_train.checkpoint import Checkpoint
 
 RUNTIME_NAMES = ("pytorch", "torchscript", "onnx")
@@ -53,6 +54,11 @@ def use_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def memory_kind(config: ModelConfig, asked: MemoryKind | None) -> MemoryKind:
+    """Return the kind of memory asked for, or else the one that saves most work among those the model can have."""
+    return asked or ("hidden" if config.attn_type in ("sinusoidal", "learned") else "kv")
 
 
 def open_artifact(directory: Path, *, device: str = "cpu", threads: int | None = None) -> Runtime:
@@ -94,13 +100,15 @@ def eager_from_checkpoint(
     path: Path,
     *,
     tgt_len: int | None = None,
-    memory: MemoryKind = "kv",
+    memory: MemoryKind | None = None,
     mem_len: int | None = None,
+    ext_len: int | None = None,
     clamp_len: int | None = None,
     same_length: bool | None = None,
+    same_length_rule: SameLengthRule | None = None,
     device: str = "cpu",
     threads: int | None = None,
-) -> tuple[Runtime, Checkpoint]:
+) -> tuple[EagerRuntime, Checkpoint]:
     """Open a checkpoint in eager PyTorch, FP32, with other lengths where they are given: the reference of every comparison."""
     from txl_deploy.runtimes.eager import EagerRuntime
     from txl_train.checkpoint import load_model
@@ -110,11 +118,19 @@ def eager_from_checkpoint(
     where = resolve_device(device)
     model, checkpoint = load_model(path)
     model.to(where)
+    config = with_lengths(
+        model.config,
+        mem_len=mem_len,
+        ext_len=ext_len,
+        clamp_len=clamp_len,
+        same_length=same_length,
+        same_length_rule=same_length_rule,
+    )
     runtime = EagerRuntime(
         model,
         tgt_len=checkpoint.eval_tgt_len if tgt_len is None else tgt_len,
-        memory=memory,
-        config=with_lengths(model.config, mem_len=mem_len, clamp_len=clamp_len, same_length=same_length),
+        memory=memory_kind(config, memory),
+        config=config,
         origin=str(path),
         checkpoint_sha256=checkpoint.sha256,
     )

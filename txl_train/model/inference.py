@@ -13,7 +13,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from txl_train.config import MemoryKind, ModelConfig
+from txl_train.config import MemoryKind, ModelConfig, SameLengthRule
 from txl_train.errors import ConfigError
 from txl_train.model.attention import visible_keys
 from txl_train.model.memory import require_memory_kind
@@ -79,6 +79,7 @@ def with_lengths(
     ext_len: int | None = None,
     clamp_len: int | None = None,
     same_length: bool | None = None,
+    same_length_rule: SameLengthRule | None = None,
 ) -> ModelConfig:
     """Return `config` with other lengths; None keeps the value there is, and a `clamp_len` of 0 or less turns clamping off."""
     changes: dict[str, object] = {}
@@ -90,4 +91,6 @@ def with_lengths(
         changes["clamp_len"] = clamp_len if clamp_len > 0 else None
     if same_length is not None:
         changes["same_length"] = same_length
+    if same_length_rule is not None:
+        changes["same_length_rule"] = same_length_rule
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]

@@ -127,7 +127,7 @@ def test_a_missed_target_exits_with_1_after_the_result(exports: Exports, capsys:
     assert main(["eval", "--checkpoint", str(exports.checkpoint), "--json", "--target-perplexity", "1.5"]) == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out)["perplexity"] > 1.5
-    assert "above the target 1.5" in captured.err
+    assert ", above the target 1.5" in captured.err
 
 
 WRONG = {
