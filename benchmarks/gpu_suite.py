@@ -1,10 +1,12 @@
 """Everything that needs a GPU, in one call: CUDA tests, training throughput, exports, parity and the latency table, as one dated record.
 
     python benchmarks/gpu_suite.py                       the base model of the specification on the first GPU
+    python benchmarks/gpu_suite.py --parts training      one part of it: tests, training, inference
     python benchmarks/gpu_suite.py --quick --device cpu  a small model without a GPU, to see that the suite itself works
 
 Each step is a `txl` command (or the tests), run as a user would; a step that this machine cannot run is recorded as skipped with
-its reason, and a failing one does not stop the others. Writes `<out>/gpu_suite_<device>_<yyyymm>.json` and a table beside it.
+its reason, and a failing one does not stop the others. Training is repeated with equal seed and text in every precision, compiled, and on
+two devices, and its losses must follow those of FP32. Writes `<out>/gpu_suite_<device>_<yyyymm>.json` and tables beside it.
 """
 
 from __future__ import annotations
@@ -13,21 +15,19 @@ import argparse
 import datetime
 import importlib.util
 import json
-import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from running import ROOT, child_environment, device_slug, txl_command
 
-ROOT = Path(__file__).resolve().parents[1]
-TXL = [sys.executable, "-c", "import sys; from txl_deploy.cli.main import main; sys.argv[0] = 'txl'; sys.exit(main())"]
+PARTS = ("tests", "training", "inference")
 STEP_TIMEOUT_S = 580
 
 
@@ -45,6 +45,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Training:
+    """One training of the plan."""
+
+    name: str
+    options: tuple[str, ...]
+    batch_size: int
+    steps: int
+    processes: int = 1
+    follows: str | None = None
+    """The training whose losses it must have."""
+    left_out: str = ""
+    """Why it is not run; empty if it is."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Sizes of a run."""
 
@@ -53,9 +68,12 @@ class Plan:
     """Options that choose the model."""
     vocab_size: int
     n_tokens: int
-    train_steps: int
-    train_batch_sizes: tuple[int, ...]
-    dtypes: tuple[str, ...]
+    trainings: tuple[Training, ...]
+    """The first one makes the checkpoint that is exported."""
+    tolerance_nats: float
+    """How far the mean loss of the last fifth of a training may lie from that of the training it follows."""
+    exports: tuple[tuple[str, str, str], ...]
+    """Format, memory, and the package it needs."""
     lengths: list[str]
     """Options that choose the lengths of inference."""
     bench: list[str]
@@ -66,48 +84,120 @@ BASE = Plan(
     preset=["--config", "wt103-base"],
     vocab_size=267_735,
     n_tokens=3_000_000,
-    train_steps=60,
-    train_batch_sizes=(32, 64),
-    dtypes=("fp32", "bf16", "fp16"),
+    trainings=(
+        Training("fp32", ("--dtype", "fp32"), 32, 300),
+        Training("fp32 with TF32", ("--dtype", "fp32", "--tf32"), 32, 300, follows="fp32"),
+        Training("bf16", ("--dtype", "bf16"), 32, 300, follows="fp32"),
+        Training("fp16", ("--dtype", "fp16"), 32, 300, follows="fp32"),
+        Training("fp16, compiled", ("--dtype", "fp16", "--compile"), 32, 300, follows="fp32"),
+        Training("fp16, two devices", ("--dtype", "fp16"), 32, 300, processes=2, follows="fp32"),
+        Training("fp32, larger batch", ("--dtype", "fp32"), 64, 60),
+        Training("bf16, larger batch", ("--dtype", "bf16"), 64, 60),
+        Training("fp16, larger batch", ("--dtype", "fp16"), 64, 60),
+    ),
+    tolerance_nats=0.05,
+    exports=(("torchscript", "hidden", "torch"), ("torchscript", "kv", "torch"), ("onnx", "kv", "onnxruntime")),
     lengths=["--tgt-len", "64", "--mem-len", "640", "--clamp-len", "400", "--same-length"],
     bench=["--batch-sizes", "1..32", "--duration", "3"],
 )
 QUICK = Plan(
     device="cpu",
-    preset=["--n-layer", "2", "--d-model", "32", "--n-head", "2", "--d-head", "16", "--d-inner", "64", "--adaptive"],
+    preset=[
+        "--n-layer",
+        "2",
+        "--d-model",
+        "32",
+        "--n-head",
+        "2",
+        "--d-head",
+        "16",
+        "--d-inner",
+        "64",
+        "--adaptive",
+        "--tgt-len",
+        "32",
+        "--mem-len",
+        "32",
+    ],
     vocab_size=3_000,
     n_tokens=20_000,
-    train_steps=4,
-    train_batch_sizes=(8,),
-    dtypes=("fp32", "bf16"),
+    trainings=(
+        Training("fp32", ("--dtype", "fp32"), 8, 60),
+        Training("bf16", ("--dtype", "bf16"), 8, 60, follows="fp32"),
+        Training("fp32, compiled", ("--dtype", "fp32", "--compile"), 8, 60, follows="fp32", left_out="compiling takes longer than --quick"),
+        Training("fp32, two devices", ("--dtype", "fp32"), 8, 60, processes=2, follows="fp32"),
+    ),
+    tolerance_nats=0.02,
+    exports=(("torchscript", "hidden", "torch"), ("onnx", "kv", "onnxruntime")),
     lengths=["--tgt-len", "16", "--mem-len", "24"],
     bench=["--batch-sizes", "1,2", "--duration", "0.2", "--min-samples", "5", "--max-duration", "1"],
 )
 
 
 def write_corpus(folder: Path, plan: Plan, seed: int = 1) -> None:
-    """Write text whose words follow Zipf's law, each of the vocabulary at least once: clusters are used as real text uses them."""
+    """Write text that can be learned: phrases of a book, some of them frequent, and after each few of them some word of the vocabulary.
+
+    Every word of the vocabulary comes at least once, a tenth of the tokens are drawn from all alike, the phrases' words follow Zipf's
+    law: about as many tokens as in WikiText-103 fall into the tail clusters.
+    """
     generator = np.random.default_rng(seed)
     n_words = plan.vocab_size - 1  # <eos> is the other token
-    weights = 1.0 / np.arange(1, n_words + 1)
-    drawn = generator.choice(n_words, size=max(plan.n_tokens - n_words, 1), p=weights / weights.sum())
-    train = generator.permutation(np.concatenate([np.arange(n_words), drawn]))
-    held_out = generator.choice(n_words, size=max(plan.n_tokens // 50, 4000), p=weights / weights.sum())
+
+    def zipf(n: int, size: int) -> np.ndarray:
+        weights = 1.0 / np.arange(1, n + 1)
+        return generator.choice(n, size=size, p=weights / weights.sum())
+
+    lengths = generator.integers(4, 17, size=max(20, n_words // 100))
+    book = np.split(zipf(n_words, int(lengths.sum())), np.cumsum(lengths)[:-1])
+
+    def write(name: str, n_tokens: int, rare: np.ndarray) -> None:
+        drawn = iter(zipf(len(book), n_tokens // 4))
+        with open(folder / name, "w", encoding="utf-8") as file:
+            for few in np.array_split(rare, max(1, n_tokens // 50)):
+                words = np.concatenate([book[next(drawn)] for _ in range(4)] + [few])
+                file.write(" ".join(f"w{i}" for i in words) + "\n")
+
     folder.mkdir(parents=True)
-    for split, ids in (("train", train), ("valid", held_out), ("test", held_out[::-1])):
-        rows = (ids[at : at + 50] for at in range(0, len(ids), 50))
-        (folder / f"{split}.txt").write_text("".join(" ".join(f"w{i}" for i in row) + "\n" for row in rows), encoding="utf-8")
+    write("train.txt", plan.n_tokens, generator.permutation(n_words))
+    for split in ("valid", "test"):
+        n_tokens = max(plan.n_tokens // 50, 4000)
+        write(f"{split}.txt", n_tokens, generator.integers(0, n_words, n_tokens // 10))
+
+
+def measured(metrics: Path) -> dict[str, Any]:
+    """Return what a training's metrics.jsonl says of speed, memory and loss; the first fifth of the steps does not count for speed."""
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    start = next(record for record in records if record["kind"] == "start")
+    rows = [record for record in records if record["kind"] == "train"]
+    before, last = rows[len(rows) // 5], rows[-1]
+    tokens_per_s = (last["tokens"] - before["tokens"]) / (last["train_seconds"] - before["train_seconds"])
+    share = None if start["peak_flops"] is None else tokens_per_s * start["flops_per_token"] / start["peak_flops"]
+    return {
+        "tokens_per_s": tokens_per_s,
+        "model_flops_utilisation": share,
+        "peak_flops_measured": start["peak_flops"],
+        "flops_per_token": start["flops_per_token"],
+        "peak_memory_bytes": last["peak_memory_bytes"],
+        "loss_scale": last["loss_scale"],
+        "loss_first": rows[0]["loss_nats_per_token"],
+        "loss_last_fifth": _mean_loss(rows[-(len(rows) // 5) :]),
+        "curve": [[row["step"], row["loss_nats_per_token"]] for row in rows],
+    }
+
+
+def _mean_loss(rows: list[dict[str, Any]]) -> float:
+    return float(sum(row["loss_nats_per_token"] for row in rows) / len(rows))
 
 
 class Suite:
     """Runs steps one after the other and keeps what they print."""
 
-    def __init__(self, plan: Plan, work: Path) -> None:
-        self.plan, self.work = plan, work
+    def __init__(self, plan: Plan, work: Path, n_devices: int) -> None:
+        self.plan, self.work, self.n_devices = plan, work, n_devices
         self.steps: list[Step] = []
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "CI": "true", "TXL_CACHE_DIR": str(work / "cache")}
+        self.environment = child_environment(TXL_CACHE_DIR=str(work / "cache"))
 
-    def run(self, name: str, command: list[str], *, requires: str | None = None, needs: Path | None = None) -> Step:
+    def run(self, name: str, command: list[str], *, requires: str | None = None, needs: Path | None = None, processes: int = 1) -> Step:
         """Run a command whose standard output is one JSON document; `requires` names a package, `needs` a file of an earlier step."""
         if requires is not None and importlib.util.find_spec(requires) is None:
             return self._keep(Step(name, "skipped", f"the package {requires} is not installed", command))
@@ -116,7 +206,13 @@ class Suite:
         start = time.perf_counter()
         try:
             finished = subprocess.run(
-                [*TXL, *command], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=STEP_TIMEOUT_S, check=False
+                txl_command(command, processes),
+                cwd=ROOT,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=STEP_TIMEOUT_S,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             return self._keep(Step(name, "failed", f"took more than {STEP_TIMEOUT_S} s", command, STEP_TIMEOUT_S))
@@ -151,29 +247,76 @@ class Suite:
         self.steps.append(step)
         return step
 
-    def run_all(self) -> None:
-        """Run every step of the plan."""
-        plan, work = self.plan, self.work
-        data = work / "data"
-        write_corpus(data, plan)
-        self.run_tests()
-        checkpoint = work / "train-fp32" / "checkpoint_best.pt"
-        for dtype in plan.dtypes:
-            for batch_size in plan.train_batch_sizes:
-                folder = work / (f"train-{dtype}" if batch_size == plan.train_batch_sizes[0] else f"train-{dtype}-{batch_size}")
-                steps = ["--max-step", str(plan.train_steps), "--eval-interval", str(plan.train_steps), "--eval-max-steps", "4"]
-                small = ["--lr-warmup-steps", str(plan.train_steps // 2), "--log-interval", "5", "--eval-batch-size", "8"]
-                options = ["--dataset", "wt103", "--data", str(data), "--device", plan.device, "--dtype", dtype]
-                self.run(
-                    f"train {dtype}, batch {batch_size}",
-                    ["train", *plan.preset, *options, *steps, *small, "--batch-size", str(batch_size), "--work-dir", str(folder), "--json"],
-                )
-        artifacts = []
-        for format_name, memory, package in (
-            ("torchscript", "hidden", "torch"),
-            ("torchscript", "kv", "torch"),
-            ("onnx", "kv", "onnxruntime"),
-        ):
+    def run_all(self, parts: Collection[str]) -> None:
+        """Run the steps of these parts."""
+        write_corpus(self.work / "data", self.plan)
+        if "tests" in parts:
+            self.run_tests()
+        if "training" in parts:
+            self.run_trainings(self.plan.trainings)
+        elif "inference" in parts:
+            self.run_trainings(self.plan.trainings[:1])
+        if "inference" in parts:
+            self.run_inference()
+
+    def run_trainings(self, trainings: Collection[Training]) -> None:
+        """Train in every way of the plan, and compare the losses of those that must be alike."""
+        figures: dict[str, dict[str, Any]] = {}
+        for training in trainings:
+            name = f"train {training.name}, batch {training.batch_size}"
+            if training.left_out:
+                self._keep(Step(name, "skipped", training.left_out))
+                continue
+            if training.processes > self.n_devices:
+                self._keep(Step(name, "skipped", f"this machine has {self.n_devices} GPU"))
+                continue
+            folder, steps = self.work / training.name.replace(", ", "-").replace(" ", "-"), str(training.steps)
+            lengths = ["--batch-size", str(training.batch_size), "--max-step", steps, "--lr-warmup-steps", str(training.steps // 3)]
+            evaluation = ["--eval-interval", steps, "--eval-max-steps", "4", "--eval-batch-size", "8", "--log-interval", "5"]
+            options = ["--dataset", "wt103", "--data", str(self.work / "data"), "--device", self.plan.device, *training.options]
+            command = ["train", *self.plan.preset, *options, *lengths, *evaluation, "--work-dir", str(folder), "--json"]
+            step = self.run(name, command, processes=training.processes)
+            if step.status == "done":
+                step.result["measured"] = figures[training.name] = measured(folder / "metrics.jsonl")
+            for checkpoint in folder.glob("*.pt"):
+                if folder != self.work / self.plan.trainings[0].name or checkpoint.name != "checkpoint_best.pt":
+                    checkpoint.unlink()  # the base model's are gigabytes
+        for training in trainings:
+            if training.follows is not None:
+                self._keep(self.compare(training, figures))
+
+    def compare(self, training: Training, figures: dict[str, dict[str, Any]]) -> Step:
+        """Say whether a training's losses end where those of the one it follows do.
+
+        The tolerance is for what may differ although seed and text are equal: rounding, dropout's masks (they may be others in another
+        precision or process), and the first steps, which fp16 spends on finding its loss scale.
+        """
+        name = f"{training.name} follows {training.follows}"
+        own, other = figures.get(training.name), figures.get(training.follows or "")
+        if own is None or other is None:
+            return Step(name, "skipped", "one of the two was not trained")
+        tolerance = self.plan.tolerance_nats
+        learned, difference = other["loss_first"] - other["loss_last_fifth"], own["loss_last_fifth"] - other["loss_last_fifth"]
+        both = list(zip(own["curve"], other["curve"]))
+        tenths = [both[len(both) * i // 10 : len(both) * (i + 1) // 10] for i in range(10)]
+        result = {
+            "what": "mean loss of the last fifth of the steps, nats per token",
+            "difference": difference,
+            "tolerance": tolerance,
+            "agrees": abs(difference) <= tolerance,
+            "learned": learned,
+            "difference_by_tenth_of_the_steps": [sum(a[1] - b[1] for a, b in tenth) / len(tenth) for tenth in tenths],
+        }
+        if learned < 10 * tolerance:
+            return Step(name, "failed", f"the loss fell by {learned:.3f} nats only, so being alike means nothing", result=result)
+        reason = "" if result["agrees"] else f"the losses differ by {difference:+.4f} nats, allowed are {tolerance}"
+        return Step(name, "done" if result["agrees"] else "failed", reason, result=result)
+
+    def run_inference(self) -> None:
+        """Export the first training's checkpoint, prove the exports and measure them."""
+        plan, work, artifacts = self.plan, self.work, list[str]()
+        checkpoint = work / plan.trainings[0].name / "checkpoint_best.pt"
+        for format_name, memory, package in plan.exports:
             out = work / f"{format_name}-{memory}"
             source = ["--checkpoint", str(checkpoint)]
             self.run(
@@ -196,20 +339,40 @@ class Suite:
 
 
 def summary_lines(steps: list[Step]) -> Iterator[str]:
-    """Yield the record as Markdown: every step, training throughput, the latency table."""
+    """Yield the record as Markdown: every step, training, what follows what, the latency table."""
     yield "| step | status | seconds | reason |"
     yield "|---|---|---:|---|"
     for step in steps:
         yield f"| {step.name} | {step.status} | {step.seconds:.1f} | {step.reason} |"
-    trained = [step for step in steps if step.name.startswith("train ") and step.result]
+    trained = [step for step in steps if step.name.startswith("train ") and step.status == "done"]
     if trained:
         yield ""
-        yield "| training | tokens/s | steps | valid nll (nats per token) |"
-        yield "|---|---:|---:|---:|"
+        yield "Training: tokens/s without the first fifth of the steps; MFU is the share of the peak that was measured on matrix products."
+        yield ""
+        yield "| training | steps | tokens/s | MFU | peak memory GiB | loss, last fifth (nats) | loss scale | valid nll (nats) |"
+        yield "|---|---:|---:|---:|---:|---:|---:|---:|"
         for step in trained:
-            valid = (step.result.get("valid") or {}).get("nll_nats_per_token", float("nan"))
-            yield f"| {step.name[6:]} | {step.result['tokens_per_s']:,.0f} | {step.result['steps']} | {valid:.3f} |"
-    rows = next((step.result["rows"] for step in steps if step.name == "latency table" and step.result), [])
+            figures, valid = step.result["measured"], (step.result["valid"] or {}).get("nll_nats_per_token", float("nan"))
+            share, scale, held = figures["model_flops_utilisation"], figures["loss_scale"], figures["peak_memory_bytes"]
+            cells = [
+                step.name[6:],
+                f"{step.result['steps']}",
+                f"{figures['tokens_per_s']:,.0f}",
+                "–" if share is None else f"{share:.1%}",
+                "–" if held is None else f"{held / 2**30:.2f}",
+                f"{figures['loss_last_fifth']:.4f}",
+                "–" if scale is None else f"{scale:g}",
+                f"{valid:.3f}",
+            ]
+            yield f"| {' | '.join(cells)} |"
+    compared = [step for step in steps if " follows " in step.name and step.result]
+    if compared:
+        yield ""
+        yield "| mean loss of the last fifth | difference (nats) | allowed | the loss fell by (nats) |"
+        yield "|---|---:|---:|---:|"
+        for step in compared:
+            yield f"| {step.name} | {step.result['difference']:+.4f} | {step.result['tolerance']} | {step.result['learned']:.3f} |"
+    rows: list[dict[str, Any]] = next((step.result["rows"] for step in steps if step.name == "latency table" and step.result), [])
     if rows:
         yield ""
         yield "| runtime | memory | batch size | n | p50 ms | p99 ms | tokens/s | perplexity | verified |"
@@ -225,9 +388,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="a small model and few steps")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"what to run, of {', '.join(PARTS)}  [default: all]")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the record")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
+    parts = arguments.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"argument --parts: {sorted(unknown)[0]!r} is none of {', '.join(PARTS)}")
     import torch
 
     from txl_deploy.bench.environment import describe_environment
@@ -239,11 +405,12 @@ def main() -> int:
     plan = Plan(**{**sizes.__dict__, "device": arguments.device})
     environment = describe_environment(threads=torch.get_num_threads(), device="cuda:0" if plan.device == "cuda" else "cpu")
     with tempfile.TemporaryDirectory(prefix="txl-gpu-suite-") as folder:
-        suite = Suite(plan, Path(folder))
-        suite.run_all()
+        suite = Suite(plan, Path(folder), n_devices=torch.cuda.device_count() if plan.device == "cuda" else 2)
+        suite.run_all(parts)
     device_name = torch.cuda.get_device_name(0) if plan.device == "cuda" else "cpu"
     today = datetime.datetime.now(datetime.timezone.utc)
-    name = f"gpu_suite_{re.sub('[^a-z0-9]+', '-', device_name.lower()).strip('-')}{'_quick' if arguments.quick else ''}_{today:%Y%m}"
+    part = "" if set(parts) == set(PARTS) else "_" + "_".join(part for part in PARTS if part in parts)
+    name = f"gpu_suite_{device_slug(device_name, None)}{'_quick' if arguments.quick else ''}{part}_{today:%Y%m}"
     arguments.out.mkdir(parents=True, exist_ok=True)
     record = {"measured_at": today.isoformat(timespec="seconds"), "device": device_name, "environment": environment, "plan": asdict(plan)}
     text = json.dumps({**record, "steps": [asdict(step) for step in suite.steps]}, indent=1).replace(folder, "WORK")
