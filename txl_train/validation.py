@@ -9,11 +9,12 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from txl_train.config import MemoryKind, ModelConfig, TrainConfig
+from txl_train.config import ModelConfig, TrainConfig
 from txl_train.data.segments import SegmentIterator
 from txl_train.distributed import World
 from txl_train.evaluate import EvalResult, ModelStepper, Stepper, evaluate
 from txl_train.model.inference import with_lengths
+from txl_train.model.memory import best_memory_kind
 from txl_train.model.transformer_xl import TransformerXL
 from txl_train.protocols import NVIDIA, NvidiaSegments, UnevenStepper, own_streams
 
@@ -77,5 +78,4 @@ class Scorer:
         )
 
     def _stepper(self, model: TransformerXL, tgt_len: int, config: ModelConfig) -> ModelStepper:
-        memory: MemoryKind = "kv" if config.attn_type in ("relative", "shaw") else "hidden"
-        return ModelStepper(model, tgt_len=tgt_len, memory=memory, config=config)
+        return ModelStepper(model, tgt_len=tgt_len, memory=best_memory_kind(config), config=config)

@@ -168,3 +168,7 @@ def _as_txl_error(error: Exception) -> TxlError | None:
 
 def _print_error(text: str) -> None:
     click.echo(f"Error: {text}", err=True)
+
+
+if __name__ == "__main__":  # `python -m txl_deploy.cli.main`, where the script `txl` is not on the path
+    sys.exit(main())

@@ -22,12 +22,13 @@ from txl_deploy.export.torchscript import export_torchscript
 from txl_deploy.manifest import Format, Manifest
 from txl_deploy.parity.rollout import ParityResult, compare, random_segments
 from txl_deploy.runtimes.eager import EagerRuntime
-from txl_deploy.runtimes.registry import memory_kind, open_artifact
+from txl_deploy.runtimes.registry import open_artifact
 from txl_deploy.signature import TensorSpec, step_signature
 from txl_train.checkpoint import load_model
 from txl_train.config import MemoryKind, SameLengthRule, to_dict
 from txl_train.errors import EnvironmentUnfitError, ManifestError, UsageError, ValidationError
 from txl_train.model.inference import InferenceStep, with_lengths
+from txl_train.model.memory import best_memory_kind
 
 VOCABULARY_FILE = "vocabulary.json"
 _PACKAGES = {"onnx": ("torch", "onnx", "onnxscript"), "torchscript": ("torch",)}
@@ -79,7 +80,7 @@ def export_artifact(request: ExportRequest) -> Exported:
         same_length_rule=request.same_length_rule,
     )
     tgt_len = checkpoint.eval_tgt_len if request.tgt_len is None else request.tgt_len
-    memory = memory_kind(config, request.memory)
+    memory = request.memory or best_memory_kind(config)
     step = InferenceStep(model, tgt_len, memory, config)
     assert checkpoint.sha256 is not None  # it was loaded from a file
     source_sha256 = checkpoint.sha256

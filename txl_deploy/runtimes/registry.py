@@ -56,11 +56,6 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def memory_kind(config: ModelConfig, asked: MemoryKind | None) -> MemoryKind:
-    """Return the kind of memory asked for, or else the one that saves most work among those the model can have."""
-    return asked or ("hidden" if config.attn_type in ("sinusoidal", "learned") else "kv")
-
-
 def open_artifact(directory: Path, *, device: str = "cpu", threads: int | None = None) -> Runtime:
     """Open an exported model, after checking every byte of it against its manifest.
 
@@ -113,6 +108,7 @@ def eager_from_checkpoint(
     from txl_deploy.runtimes.eager import EagerRuntime
     from txl_train.checkpoint import load_model
     from txl_train.model.inference import with_lengths
+    from txl_train.model.memory import best_memory_kind
 
     use_threads(threads)
     where = resolve_device(device)
@@ -129,7 +125,7 @@ def eager_from_checkpoint(
     runtime = EagerRuntime(
         model,
         tgt_len=checkpoint.eval_tgt_len if tgt_len is None else tgt_len,
-        memory=memory_kind(config, memory),
+        memory=memory or best_memory_kind(config),
         config=config,
         origin=str(path),
         checkpoint_sha256=checkpoint.sha256,

@@ -48,9 +48,14 @@ def state_count(config: ModelConfig, kind: MemoryKind) -> int:
     return config.n_layer if kind == "hidden" else 2 * config.n_layer
 
 
+def best_memory_kind(config: ModelConfig) -> MemoryKind:
+    """Return the kind of memory that saves most work among those the model can have."""
+    return "hidden" if config.attn_type in ("sinusoidal", "learned") else "kv"
+
+
 def require_memory_kind(config: ModelConfig, kind: MemoryKind) -> None:
     """Raise `ConfigError` if the model cannot have that kind of memory."""
-    if kind == "kv" and config.attn_type in ("sinusoidal", "learned"):
+    if kind == "kv" and best_memory_kind(config) == "hidden":
         raise ConfigError(
             f"A model of `attn_type` {config.attn_type} cannot keep keys and values: "
             "those of the memory depend on the position that it has in the segment where it is used.",
