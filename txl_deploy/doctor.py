@@ -67,6 +67,7 @@ PACKAGES = (
     Package("yaml", ("PyYAML",), "configuration files"),
     Package("rich", ("rich",), "tables and progress bars"),
     Package("sacremoses", ("sacremoses",), "raw text split as the corpora were"),
+    Package("tiktoken", ("tiktoken",), "GPT-2's subwords"),
     Package("onnx", ("onnx",), "export to ONNX", "found['newest_opset'] = module.defs.onnx_opset_version()"),
     Package("onnxscript", ("onnxscript",), "export to ONNX"),
     Package(
@@ -82,11 +83,12 @@ PACKAGES = (
     ),
     Package("jinja2", ("Jinja2",), "pages of reports"),
     Package("matplotlib", ("matplotlib",), "plots in reports"),
+    Package("tensorboard", ("tensorboard",), "training metrics for TensorBoard"),
     Package("tensorrt", ("tensorrt-cu13", "tensorrt-cu12", "tensorrt"), "TensorRT engines", pip_options=NVIDIA_INDEX),
     Package("tensorrt_rtx", ("tensorrt-rtx",), "TensorRT-RTX engines"),
     Package("polygraphy", ("polygraphy",), "looking into TensorRT engines"),
 )
-REQUIRED = ("torch", "numpy", "yaml", "rich", "sacremoses")
+REQUIRED = ("torch", "numpy", "yaml", "rich", "sacremoses", "tiktoken")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ what a record looks like in `records`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -256,6 +257,8 @@ class EvaluateAndSave(Callback):
         step = run.progress.step
         if step and step % self._interval == 0 and run.progress.evaluated_step != step:
             self._evaluate_and_save(run)
+        elif step and run.progress.evaluated_step == step:
+            self._keep_last(run)
 
     def after_step(self, run: Run, report: StepReport) -> None:
         if (report.step % self._interval == 0 or report.step == run.max_step) and not by_signal(run.ending):
@@ -291,8 +294,9 @@ class EvaluateAndSave(Callback):
             is_best = progress.best_valid_nll is None or nll < progress.best_valid_nll
             if is_best:
                 progress.best_valid_nll, progress.best_step = nll, progress.step
+            if progress.evaluated_step != progress.step:  # a finished run that is continued is scored again
+                run.observe(nll)
             progress.evaluated_step = progress.step
-            run.observe(nll)
             self._record.measure("valid", step=progress.step, epoch=progress.epoch, best=is_best, **result_figures(result, self._char))
             if is_best:
                 self._save(run, BEST_NAME, training=False)
@@ -315,6 +319,8 @@ class EvaluateAndSave(Callback):
         if self._folder is None or self._keep == 0 or not run.world.is_main:
             return
         last, kept = self._folder / LAST_NAME, self._folder / f"checkpoint_{run.progress.step}.pt"
+        if kept.exists() or not last.exists():
+            return
         unfinished = kept.with_name(f"{kept.name}.tmp")
         try:
             unfinished.unlink(missing_ok=True)
@@ -332,10 +338,10 @@ class EvaluateAndSave(Callback):
                 path.unlink(missing_ok=True)
 
 
-def kept_checkpoints(folder: Path) -> list[Path]:
-    """The files checkpoint_<step>.pt in `folder`, by their steps."""
+def kept_checkpoints(folder: Path, *, after_step: int = -1) -> list[Path]:
+    """The files checkpoint_<step>.pt in `folder` of later steps than `after_step`, by their steps."""
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _KEPT_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return [path for step, path in sorted(found) if step > after_step]
 
 
 class TimeLimit(Callback):
@@ -375,7 +381,8 @@ class StopOnSignal(Callback):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             run.stop("sigint" if number == signal.SIGINT else "sigterm")
             if run.world.is_main:
-                os.write(2, b"\nStopping after this step. Once more stops at once.\n")  # logging is not safe within a handler
+                with contextlib.suppress(OSError):  # nobody may be listening any more; logging is not safe within a handler
+                    os.write(2, b"\nStopping after this step. Once more stops at once.\n")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, handle)

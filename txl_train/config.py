@@ -162,13 +162,13 @@ class DataConfig:
     """Which text, and how it becomes tokens."""
 
     dataset: str = "wt103"
-    """Data set: pydoc (built in), text (any folder of train.txt, valid.txt, test.txt), wt103, text8 or enwik8."""
+    """Data set: pydoc (built in), text (any folder of train.txt, valid.txt, test.txt), wt103, lm1b, text8 or enwik8."""
     data: str | None = None
     """Folder of train.txt, valid.txt and test.txt; none means that the data set is built into the work folder."""
     vocab: Literal["word", "bpe"] = "word"
     """Tokens of the vocabulary: word (the data set's own: words, characters or bytes) or bpe (the 50,257 subwords of GPT-2)."""
     min_count: int = 1
-    """Words seen fewer times in train.txt become <unk> (text and pydoc)."""
+    """Words seen fewer times in train.txt become <unk> (text, pydoc and lm1b)."""
 
     def __post_init__(self) -> None:
         _require(self, "min_count", self.min_count >= 1, "1 or more")
@@ -237,7 +237,7 @@ class TrainConfig:
     init_from: str | None = None
     """Checkpoint whose weights training begins with; none means freshly drawn ones."""
     compat: Compat | None = None
-    """Train as NVIDIA's code of 2019 or 2023 does, where the default here is better on purpose (docs/options.md lists where)."""
+    """Train as NVIDIA's code of 2019 or 2023 does, where the default here is better on purpose (docs/training.md lists where)."""
     max_step: int = 40000
     """Number of optimizer steps."""
     max_minutes: float | None = None
@@ -269,7 +269,7 @@ class TrainConfig:
     gpu0_bsz: int | None = None
     """Streams on the first GPU, over all parts, with --multi-gpu dp; none means an equal share."""
     seed: int = 1111
-    """Seed of the initial weights and of dropout."""
+    """Seed of the initial weights, of dropout and of the order of the text (roll, varlen, lm1b)."""
     log_interval: int = 10
     """Steps between two lines of the training log."""
     log_all_ranks: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,12 @@ from torch import Tensor
 from txl_train.errors import EnvironmentUnfitError, UsageError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_TIMEOUT = datetime.timedelta(minutes=10)
-"""How long a process waits for the others: longer than any evaluation of one rank alone, shorter than a night."""
+_TIMEOUT = datetime.timedelta(hours=3)
+"""How long a process waits for the others: one may have a large text to prepare. One that ends is noticed at once."""
+
+
+_LAST_THREADS_S = 0.2
+"""gloo's threads outlive the group and take the interpreter's lock to drop the last tensors, which must not be while it ends."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class World:
         return self.rank == 0
 
     def share(self, n: int) -> slice:
-        """Return the part of `n` streams that this process reads: contiguous, in order of the ranks.
+        """Return the part of a batch of `n` streams that this process reads: contiguous, in order of the ranks.
 
         Raises:
             UsageError: `n` cannot be divided equally.
@@ -48,7 +53,7 @@ class World:
         if n % self.size:
             raise UsageError(
                 f"{n} streams cannot be divided equally among {self.size} processes.",
-                remedy=f"Give a batch size that is a multiple of {self.size}, such as {-(-n // self.size) * self.size}.",
+                remedy=f"Give a `--batch-size` that is a multiple of {self.size}, such as {-(-n // self.size) * self.size}.",
             )
         part = n // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
@@ -128,7 +133,8 @@ def join(world: World, device: torch.device) -> Iterator[None]:
             raise
         raise EnvironmentUnfitError(
             f"Process {world.rank} of {world.size} has lost the others: {str(error).splitlines()[0]}",
-            remedy="One of them has ended and says why. What was saved before can be continued with `--resume`.",
+            remedy="One of them has ended, and says why, or does not answer. What was saved before can be continued with `--resume`.",
         ) from error
     finally:
         torch.distributed.destroy_process_group()
+        time.sleep(_LAST_THREADS_S)

@@ -169,12 +169,13 @@ def evaluate(
             synchronize()
             steps.append((time.perf_counter_ns() - step_start, n_counted, segment.target_ids_BT.size))
         part = counted_sum(nll_BT, segment.counted_BT)
-        if not np.isfinite(part):
+        n_segments += 1
+        if not np.isfinite(part) and not_finite < 0:
             not_finite = segment.index
-            break  # to the other processes, which are told below
+        if not_finite >= 0 and world.size == 1:
+            break  # several processes go on together to the end, where all are told
         total += part
         n_tokens += n_counted
-        n_segments += 1
         if on_step is not None:
             on_step(n_segments)
     seconds = time.perf_counter() - start

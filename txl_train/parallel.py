@@ -103,12 +103,12 @@ class Engine:
                 if size:
                     self._parts.append(_Part(slice(start, start + size), number))
                     start += size
-        self._devices = list(devices)
+        self.devices = list(devices)
         self._world = world
         for parameter in model.parameters():
             if parameter.numel() == 0:  # what a plain softmax has of clusters: nothing to train, and nothing to wait for
                 parameter.requires_grad_(False)
-        models = [model, *(copy.deepcopy(model).to(device) for device in self._devices[1:])]
+        models = [model, *(copy.deepcopy(model).to(device) for device in self.devices[1:])]
         self._copies = [LossModule(each, sampled, compiled=train.compile, dynamic=train.varlen) for each in models]
         first = self._copies[0]
         self._exchange: DistributedDataParallel | None = None
@@ -120,8 +120,8 @@ class Engine:
         """Return the parts of a memory of all streams of this process, each on its device."""
         return [
             Memory(
-                [state[part.streams].to(self._devices[part.copy]) for state in memory.states],
-                memory.length_B[part.streams].to(self._devices[part.copy]),
+                [state[part.streams].to(self.devices[part.copy]) for state in memory.states],
+                memory.length_B[part.streams].to(self.devices[part.copy]),
             )
             for part in self._parts
         ]
@@ -135,10 +135,10 @@ class Engine:
         """
         for duplicate in self._copies[1:]:
             _copy_weights(self._copies[0], duplicate)
-        loss = torch.zeros((), device=self._devices[0])
+        loss = torch.zeros((), device=self.devices[0])
         new_memories: list[Memory] = []
         for number, (part, memory) in enumerate(zip(self._parts, memories, strict=True)):
-            device, last = self._devices[part.copy], number == len(self._parts) - 1
+            device, last = self.devices[part.copy], number == len(self._parts) - 1
             with self._quiet(last=last):
                 with precision.autocast():
                     inputs = (tensor[part.streams].to(device, non_blocking=True) for tensor in batch)
@@ -160,7 +160,7 @@ def device_shares(n_streams: int, n_devices: int, on_first: int | None = None) -
     """Return how many of `n_streams` each device takes: equal shares, the first ones one more, or `on_first` on the first device.
 
     Raises:
-        ConfigError: `on_first` is more than there are, or leaves some for no device.
+        ConfigError: `on_first` is more than there are.
     """
     if on_first is None or n_devices == 1:
         share, more = divmod(n_streams, n_devices)

@@ -47,9 +47,10 @@ from txl_train.evaluate import EvalResult
 from txl_train.flops import forward_flops_per_token, measured_peak_flops, training_flops_per_token
 from txl_train.metrics import perplexity
 from txl_train.model.transformer_xl import TransformerXL
+from txl_train.protocols import own_streams
 from txl_train.records import LOG_NAME, METRICS_NAME, RunRecord, end_line, nll_figure, result_figures
 from txl_train.settings import Resolved
-from txl_train.trainer import Trainer
+from txl_train.trainer import Trainer, seed_process
 from txl_train.validation import Scorer, evaluation_config
 from txl_train.work_folder import work_folder
 
@@ -67,6 +68,7 @@ _FIXED_ON_RESTART = (
     "train.roll",
     "train.varlen",
     "train.compat",
+    "train.seed",
 )
 """Settings that the kept optimizer state, memory and position in the data depend on; so do all of the model's."""
 
@@ -216,13 +218,13 @@ def _train(
     corpus = _open_corpus_once(config, folder, world)
     model_config = complete_model_config(config, corpus)
     valid_ids, test_ids = (_evaluation_ids(corpus, split, config.train) for split in ("valid", "test"))
-    world.share(config.train.eval_batch_size)
+    own_streams(config.train.compat or "exact", config.train.eval_batch_size, world)
     torch.manual_seed(config.train.seed)
     model = TransformerXL(model_config)
     if config.train.init_from is not None and continue_from is None:
         _take_weights(model, corpus, Path(config.train.init_from))
-    if world.rank and config.train.compat != "nvidia-2023":  # each process drops other values; NVIDIA's later code drops the same ones
-        torch.manual_seed(config.train.seed + world.rank)
+    if world.rank or len(devices) > 1:  # each process drops other values
+        seed_process(config.train, world, devices)
     trainer = Trainer(
         config,
         model,
@@ -235,15 +237,22 @@ def _train(
     )
     if continue_from is not None:
         trainer.restore(continue_from)
+        if trainer.progress.step > trainer.max_step:
+            raise UsageError(
+                f"The run has {trainer.progress.step} steps, more than `max_step` {trainer.max_step}.",
+                remedy="Give a larger `--max-step`, or train anew in another `--work-dir`.",
+            )
 
     # All that was asked for fits: from here on, what is in the folder is changed.
     if world.is_main and kept_folder is not None:
         if not in_place:
-            for path in (folder / LAST_NAME, folder / BEST_NAME, *kept_checkpoints(folder)):
+            for path in (folder / LAST_NAME, folder / BEST_NAME):
                 path.unlink(missing_ok=True)
+        for path in kept_checkpoints(folder, after_step=trainer.progress.step if in_place else -1):
+            path.unlink(missing_ok=True)
         resolved.save(folder / SETTINGS_NAME)
     world.wait()
-    if kept_folder is not None and not (folder / BEST_NAME).exists():  # a best score without its weights is worth nothing
+    if kept_folder is not None and not _holds_best(folder / BEST_NAME, trainer.progress.best_step):
         trainer.progress.best_valid_nll = trainer.progress.best_step = None
     score = Scorer(evaluation_config(model_config, config.train), config.train, devices[0], world)
     char = corpus.vocabulary.unit in ("char", "byte")
@@ -392,6 +401,11 @@ def complete_model_config(run: RunConfig, corpus: Corpus) -> ModelConfig:
 def n_parameters(model: TransformerXL) -> int:
     """Number of weights; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _holds_best(path: Path, step: int | None) -> bool:
+    """True if the best checkpoint there is that of `step`: a best score without its weights is worth nothing."""
+    return step is not None and path.exists() and load_checkpoint(path).progress.get("step") == step
 
 
 def _take_weights(model: TransformerXL, corpus: Corpus, path: Path) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from txl_train.callbacks import LAST_NAME, Callback, Ending, Progress, StepReport, by_signal
 from txl_train.checkpoint import Checkpoint
-from txl_train.config import RunConfig
+from txl_train.config import RunConfig, TrainConfig
 from txl_train.data.segments import Segment
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.distributed import World
@@ -39,7 +39,11 @@ from txl_train.order import TrainingOrder
 from txl_train.parallel import Engine
 from txl_train.precision import Precision
 
-_CONTINUE_SLOWER = f"{LAST_NAME} is as it was: continue from it with `--resume` and a smaller `--lr`."
+_CONTINUE_SLOWER = (
+    f"If there is a {LAST_NAME}, it is as it was: continue from it with `--resume` and a smaller `--lr`; otherwise begin with one."
+)
+_SMALLEST_LOSS_SCALE = 2.0**-14
+"""A loss scale halved thirty times in fp16 means gradients that are never finite, not ones that are too large."""
 _ENDINGS: tuple[Ending | None, ...] = (None, "finished", "max_minutes", "sigterm", "sigint")
 """Later ones go before earlier ones where processes have several."""
 
@@ -176,7 +180,7 @@ class Trainer:
         if progress.batch == len(self.segments):
             progress.epoch, progress.batch = progress.epoch + 1, 0
             self.segments = self.order.epoch(progress.epoch)
-            if self.config.train.compat != "nvidia-2023":
+            if self.config.train.compat != "nvidia-2023" or self.model.config.ext_len:  # which cannot follow the memory there
                 self.memories = self._cold_memories()
         segment = self.segments.segment(progress.batch)
         n_tokens = self.segments.n_counted_in(progress.batch)
@@ -229,6 +233,9 @@ class Trainer:
         self._clock_start = time.perf_counter()
 
     def _stop_clock(self) -> None:
+        if self.device.type == "cuda" and self._clock_start is not None:
+            for device in self.engine.devices:
+                torch.cuda.synchronize(device)
         self.progress.train_seconds, self._clock_start = self.train_seconds(), None
 
     def checkpoint(self, *, training: bool) -> Checkpoint:
@@ -291,6 +298,8 @@ class Trainer:
             self.segments = self.order.epoch(self.progress.epoch)
             self.memories = self.engine.split(self._own_memory(state["memory"]))
             self._restore_rng(state["rng"])
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"The checkpoint's training state is not understood: {error}.", remedy="Train anew.") from error
 
@@ -357,24 +366,41 @@ class Trainer:
                     f"Training diverged: at step {report.step} the loss is {loss}, its gradient's norm {grad_norm}, lr {report.lr:.3e}.",
                     remedy=_CONTINUE_SLOWER,
                 )
+        scale = self.precision.loss_scale if reports else None
+        if scale is not None and scale < _SMALLEST_LOSS_SCALE:
+            raise ValidationError(
+                f"Training diverged: up to step {reports[-1].step} gradients were so seldom finite that the loss scale fell to {scale:g}.",
+                remedy=f"{_CONTINUE_SLOWER} Or use `--dtype bf16` or fp32.",
+            )
 
     def _rng_states(self) -> list[dict[str, Tensor]]:
         """Of each process."""
         own = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            own["cuda"] = torch.cuda.get_rng_state(self.device)
+            own |= {f"cuda{number or ''}": torch.cuda.get_rng_state(device) for number, device in enumerate(self.engine.devices)}
         of_each = {name: self.world.gather(state) for name, state in own.items()}
         return [{name: states[rank] for name, states in of_each.items()} for rank in range(self.world.size)]
 
     def _restore_rng(self, saved: Any) -> None:
         states: list[Mapping[str, Tensor]] = saved if isinstance(saved, list) else [saved]  # version 0.2 wrote that of its one process
         if len(states) != self.world.size:  # no state continues exactly: each process gets random numbers of its own
-            torch.manual_seed(self.config.train.seed + self.progress.step * self.world.size + self.world.rank)
+            seed_process(self.config.train, self.world, self.engine.devices, self.progress.step * self.world.size)
             return
         state = states[self.world.rank]
         torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
+        if self.device.type == "cuda":
+            for number, device in enumerate(self.engine.devices):
+                if (saved_state := state.get(f"cuda{number or ''}")) is not None:
+                    torch.cuda.set_rng_state(saved_state, device)
+
+
+def seed_process(train: TrainConfig, world: World, devices: Sequence[torch.device], offset: int = 0) -> None:
+    """Give each process, and each of its devices, random numbers of its own; with `compat` nvidia-2023 all processes have the same."""
+    torch.manual_seed(train.seed + offset + (0 if train.compat == "nvidia-2023" else world.rank))
+    for number, device in enumerate(devices):
+        if number:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(train.seed + offset + number)
 
 
 def _crc32(ids: npt.NDArray[Any]) -> int:

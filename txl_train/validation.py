@@ -51,7 +51,7 @@ class Scorer:
         stepper: Stepper = self._stepper(model, tgt_len, config)
         segments: SegmentIterator | NvidiaSegments
         if compat is None:
-            streams = self.world.share(batch_size)
+            streams = own_streams("exact", batch_size, self.world)
             segments = SegmentIterator(ids, batch_size=batch_size, tgt_len=tgt_len, ext_len=config.ext_len, streams=streams)
         else:
             warm_up = -(-config.mem_len // tgt_len) * tgt_len if NVIDIA[compat].warms_up else 0

@@ -209,6 +209,31 @@ def test_auto_resume_begins_where_there_is_nothing_and_continues_where_there_is(
     assert "Continuing after step" in (tmp_path / "W" / "train_log.log").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("named", [["--append-dataset"], ["--append-time"], ["--append_dataset", "--append_time"]], ids=" ".join)
+def test_a_run_in_a_folder_that_was_named_is_found_again(
+    capsys: pytest.CaptureFixture[str], text_folder: Path, tmp_path: Path, named: list[str]
+) -> None:
+    command = ["train", *SMALL, "--data", str(text_folder), "--work-dir", str(tmp_path / "W"), *named, "--json"]
+    folders = []
+    for more in (["--auto-resume"], ["--auto-resume", "--max-step", "14"], ["--resume", "--max-step", "15"]):
+        assert main([*command, *more]) == 0
+        result = json.loads(capsys.readouterr().out)
+        folders.append(result["work_dir"])
+    assert result["steps"] == 15
+    assert len(set(folders)) == 1
+    last = Path(folders[0]) / "checkpoint_last.pt"
+    assert main([*command, "--restart", str(last), "--max-step", "16"]) == 0
+    assert json.loads(capsys.readouterr().out)["work_dir"] == folders[0]
+
+
+def test_a_signal_with_a_target_ends_well(
+    capsys: pytest.CaptureFixture[str], text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("txl_train.trainer.Trainer.agree", lambda trainer: trainer.stop("sigterm") or trainer.ending)
+    target = ["--target-perplexity", "1.5", "-q"]
+    assert main(["train", *SMALL, "--data", str(text_folder), "--work-dir", str(tmp_path / "W"), *target]) == 0
+
+
 def test_a_damaged_checkpoint_exits_with_4(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "checkpoint_last.pt").write_bytes(b"PK, but nothing else")
 

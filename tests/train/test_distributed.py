@@ -17,8 +17,11 @@ import torch
 
 from tests.processes import in_processes
 from txl_train.checkpoint import load_checkpoint
+from txl_train.data.segments import SegmentIterator
 from txl_train.distributed import World, join, world_of
-from txl_train.errors import EnvironmentUnfitError, UsageError
+from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError
+from txl_train.evaluate import StepOutput, evaluate
+from txl_train.model.memory import Memory
 from txl_train.run import train
 from txl_train.settings import Resolved, resolve
 
@@ -217,3 +220,34 @@ def test_processes_of_torchrun_finish_the_step_and_save_when_it_is_told_to_stop(
     assert saved.progress["step"] == steps[-1] >= 3
     assert saved.training is not None
     assert len(saved.training["rng"]) == 2
+
+
+class Spoilt:
+    """A stepper whose scores are not finite in one process, from its second segment on."""
+
+    def __init__(self, in_process: int) -> None:
+        self.calls, self.in_process = 0, in_process
+
+    def initial_memory(self, batch_size: int) -> Memory:
+        return Memory([], torch.zeros(batch_size, dtype=torch.int64))
+
+    def step(self, input_ids_BT: torch.Tensor, target_ids_BT: torch.Tensor, memory: Memory) -> StepOutput:
+        self.calls += 1
+        bad = self.calls > 1 and world_of().rank == self.in_process
+        return StepOutput(torch.full(target_ids_BT.shape, float("nan") if bad else 1.0), memory)
+
+
+def score_with_a_spoilt_process() -> str:
+    world = world_of()
+    segments = SegmentIterator(np.arange(100), batch_size=4, tgt_len=5, streams=world.share(4))
+    with join(world, torch.device("cpu")):
+        try:
+            evaluate(Spoilt(1), segments, batch_size=2, world=world, on_step=lambda n: world.wait())
+        except ValidationError as error:
+            return str(error)
+    return "a score"
+
+
+def test_a_score_that_is_not_finite_in_one_process_is_told_by_all() -> None:
+    for message in in_processes(2, score_with_a_spoilt_process):
+        assert message.startswith("The loss of segment 1 in process 1 is not finite")

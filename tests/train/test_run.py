@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.processes import start
 from txl_train import callbacks as events
 from txl_train import validation
 from txl_train.callbacks import StepReport
@@ -613,3 +614,65 @@ def test_the_log_begins_with_every_setting_and_its_origin(settings: dict[str, An
 def test_lines_are_written_as_often_as_asked(settings: dict[str, Any], tmp_path: Path) -> None:
     train(resolved_from(settings, max_step=7, log_interval=2))
     assert [record["step"] for record in read_metrics(tmp_path / "W") if record["kind"] == "train"] == [2, 4, 6, 7]
+
+
+# Continuing what was kept, finished, renamed
+
+
+def test_continuing_an_earlier_checkpoint_forgets_what_came_after_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    kept = settings | {"save_all": True, "eval_interval": 3}
+    train(resolved_from(kept))
+    earlier = load_checkpoint(tmp_path / "W" / "checkpoint_6.pt")
+    earlier.progress["best_step"] = 3  # of another file than the best one there
+    resolved = resolve(environment={}, stored=earlier.settings, overrides=[("max_step", 7), ("max_step_scheduler", 12)])
+
+    result = train(resolved, continue_from=earlier)
+
+    assert {path.name for path in (tmp_path / "W").glob("checkpoint_[0-9]*.pt")} == {f"checkpoint_{step}.pt" for step in (3, 6, 7)}
+    assert result.progress.best_step == 7
+    assert load_checkpoint(tmp_path / "W" / "checkpoint_best.pt").progress["step"] == 7
+
+
+def test_a_run_is_not_continued_to_fewer_steps_than_it_has(settings: dict[str, Any], tmp_path: Path) -> None:
+    train(resolved_from(settings))
+    checkpoint = load_checkpoint(tmp_path / "W" / "checkpoint_last.pt")
+    with pytest.raises(UsageError, match="has 12 steps, more than `max_step` 5"):
+        train(resolve(environment={}, stored=checkpoint.settings, overrides=[("max_step", 5)]), continue_from=checkpoint)
+
+
+def test_a_finished_run_that_is_continued_lowers_no_rate(settings: dict[str, Any], tmp_path: Path) -> None:
+    train(resolved_from(settings, scheduler="dev_perf", lr=0.5, lr_warmup_steps=0, eval_interval=1, optim="adam"))
+    states = []
+    for _ in range(2):
+        checkpoint = load_checkpoint(tmp_path / "W" / "checkpoint_last.pt")
+        assert checkpoint.training is not None
+        states.append(checkpoint.training["schedule"])
+        train(resolve(environment={}, stored=checkpoint.settings), continue_from=checkpoint)
+    assert states[0] == states[1]
+
+
+def test_a_signal_is_heard_though_nobody_reads_standard_error(settings: dict[str, Any], tmp_path: Path) -> None:
+    process, answer = start(train_unheard, settings)
+    assert answer.poll(60)
+    succeeded, ending = answer.recv()
+    process.join()
+    assert (succeeded, ending) == (True, "sigterm")
+    assert load_checkpoint(tmp_path / "W" / "checkpoint_last.pt").progress["step"] == 4
+
+
+def train_unheard(settings: dict[str, Any]) -> str:
+    """Train with a standard error that is a broken pipe, and ask for the end after step 4."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 2)
+    os.close(reader)
+    step = Trainer.step
+
+    def stop_at_4(run: Trainer) -> StepReport:
+        report = step(run)
+        if report.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", stop_at_4)
+        return train(resolved_from(settings)).ending

@@ -205,6 +205,24 @@ def test_compatible_memory_lives_on_in_the_next_epoch() -> None:
     assert lengths == {"nvidia-2019": [5] * 4, "nvidia-2023": [6] * 4}
 
 
+def test_memory_that_an_extended_context_cannot_follow_is_dropped_at_a_new_epoch() -> None:
+    trainer = make_trainer(model={"ext_len": 3}, n_ids=44, batch_size=4, tgt_len=5, compat="nvidia-2023")
+    for _ in range(3):
+        trainer.step()
+    assert trainer.progress.epoch == 2
+    assert trainer.memories[0].length_B.tolist() == [5] * 4
+
+
+def test_gradients_that_are_never_finite_end_training_in_fp16() -> None:
+    trainer = make_trainer(dtype="fp16", max_step=200)
+    trainer.model.layers[0].get_parameter("attention.qkv.weight").register_hook(lambda gradient: gradient * math.inf)
+
+    with pytest.raises(ValidationError, match="the loss scale fell to") as error:
+        trainer.run()
+    assert "--dtype bf16" in str(error.value.remedy)
+    assert trainer.progress.step < 40
+
+
 def test_sampled_softmax_trains_the_full_one() -> None:
     trainer = make_trainer(model={"adaptive": False, "cutoffs": ()}, optim={"scheduler": "constant"}, sample_softmax=10, max_step=150)
     trainer.run()

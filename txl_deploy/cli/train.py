@@ -137,14 +137,16 @@ def command(
     checkpoint: Checkpoint | None = None
     in_place = False
     stored: dict[str, dict[str, Any]] | None = None
-    work_dir = Path(settings.look_up("train.work_dir", config, overrides=overrides, assignments=assignments))
+    work_dir, named = _work_dir(config, overrides, assignments)
     if auto_resume and _holds_a_run(work_dir):
         restart = _LAST_OF_WORK_DIR
-    if restart is not None:
+    if restart:
         path = _checkpoint_path(restart, work_dir)
         checkpoint, stored = _load(path)
+        if named and path.parent.resolve() == work_dir.resolve():
+            assignments = (*assignments, f"train.work_dir={path.parent}", "train.append_dataset=false", "train.append_time=false")
     resolved = settings.resolve(config, stored=stored, overrides=overrides, assignments=assignments)
-    if restart is not None:
+    if restart:
         in_place = path.parent.resolve() == Path(resolved.config.train.work_dir).resolve()
         if overwrite and in_place:
             raise UsageError("`--overwrite` deletes the run that `--restart` is to continue: give one of them.")
@@ -157,7 +159,9 @@ def command(
             click.echo(resolved.table())
         return
 
+    from txl_train.callbacks import by_signal
     from txl_train.distributed import world_of
+    from txl_train.files import finite
     from txl_train.run import train
 
     world = world_of()
@@ -166,12 +170,13 @@ def command(
     result = train(resolved, continue_from=checkpoint, in_place=in_place, overwrite=overwrite, world=world)
     if world.is_main:
         if as_json:
-            echo_json(result.to_dict())
+            echo_json(finite(result.to_dict()))
         else:
             click.echo(_summary(result))
     if result.ending == "sigint":
         context.exit(130)
-    result.check_targets(resolved.config.train)
+    if world.is_main and not by_signal(result.ending):
+        result.check_targets(resolved.config.train)
 
 
 def _overrides(options: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -191,6 +196,22 @@ def _overrides(options: dict[str, Any]) -> list[tuple[str, Any]]:
         overrides[name] = value
         by_flag[name] = flag
     return list(overrides.items())
+
+
+def _work_dir(config: str | None, overrides: list[tuple[str, Any]], assignments: tuple[str, ...]) -> tuple[Path, bool]:
+    """Return the work folder, and whether its name is made of more than `--work-dir`: then the newest one that can be continued."""
+
+    def value(name: str) -> Any:
+        return settings.look_up(f"train.{name}", config, overrides=overrides, assignments=assignments)
+
+    folder, dataset = Path(value("work_dir")), value("append_dataset")
+    if dataset:
+        name = settings.look_up("data.dataset", config, overrides=overrides, assignments=assignments)
+        folder = folder.with_name(f"{folder.name}-{name}")
+    if not value("append_time"):
+        return folder, bool(dataset)
+    begun = sorted(path for path in folder.glob("[0-9]*-[0-9]*") if _holds_a_run(path))
+    return (begun[-1] if begun else folder), True
 
 
 def _holds_a_run(work_dir: Path) -> bool:
