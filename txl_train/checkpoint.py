@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import pickle
@@ -106,7 +107,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     except OSError as error:
         raise EnvironmentUnfitError(
             f"The checkpoint {path} cannot be written: {error.strerror or error}.",
-            remedy="Free some space, or choose another folder with `--work-dir`. A checkpoint that was there before is intact.",
+            remedy=f"{_remedy_of(error)} A checkpoint that was there before is intact.",
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -287,6 +288,12 @@ def _compact(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_compact(item) for item in value) if type(value) in (list, tuple) else [_compact(item) for item in value]
     return value
+
+
+def _remedy_of(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "Free some space, or choose a folder that has some."
+    return "Choose another folder, or allow writing into this one."
 
 
 def _sync_folder(folder: Path) -> None:

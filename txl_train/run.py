@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ from txl_train.data.layouts import NEWLINE_TOKEN
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.device import devices_of
 from txl_train.distributed import World, join
-from txl_train.errors import ConfigError, DataError, TxlError, UsageError, ValidationError
+from txl_train.errors import ConfigError, DataError, UsageError, ValidationError
 from txl_train.evaluate import EvalResult
 from txl_train.flops import forward_flops_per_token, measured_peak_flops, training_flops_per_token
 from txl_train.metrics import perplexity
@@ -73,6 +74,12 @@ _FIXED_ON_RESTART = (
 """Settings that the kept optimizer state, memory and position in the data depend on; so do all of the model's."""
 
 _RULE_OF: dict[Compat, SameLengthRule] = {"nvidia-2019": "mem_len", "nvidia-2023": "mem_len+1"}
+
+_SHAPING = (
+    *("vocab_size", "n_layer", "n_head", "d_head", "d_model", "d_embed", "d_inner", "attn_type", "position_rows", "pre_lnorm"),
+    *("tie_weights", "cutoffs", "div_val", "untie_biases"),
+)
+"""Settings of a model that its weights, or what they mean, depend on."""
 
 _SHORT_RUN = 200
 """Steps below which measuring the device's peak is not worth its part of a second on a CPU."""
@@ -339,11 +346,20 @@ def open_corpus(config: DataConfig, work_dir: Path, compat: Compat | None = None
             remedy="Give it with `--data DIR`; `--dataset pydoc` needs none.",
         )
     cache_dir = None if os.environ.get("TXL_CACHE_DIR") else work_dir / "cache"
+    _check_prepared_for(folder, spec.name)
     corpus = load_corpus(folder, spec, cache_dir=cache_dir, min_count=config.min_count, vocab=config.vocab)
     if compat is not None and NEWLINE_TOKEN in corpus.vocabulary and spec.line_end == "byte":  # there, line breaks separate tokens only
         others = [symbol for symbol in corpus.vocabulary.symbols if symbol != NEWLINE_TOKEN]
         corpus = load_corpus(folder, spec, cache_dir=cache_dir, vocabulary=Vocabulary(others, unit=corpus.vocabulary.unit))
     return corpus
+
+
+def _check_prepared_for(folder: Path, dataset: str) -> None:
+    """Note where `txl data prepare` made the folder for another data set than the one it is read as."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        made_for = json.loads((folder / "corpus.json").read_text(encoding="utf-8")).get("dataset")
+        if isinstance(made_for, str) and made_for != dataset:
+            log.warning("%s was prepared as data set %s, and is read as %s.", folder, made_for, dataset)
 
 
 def _open_corpus_once(config: RunConfig, folder: Path, world: World) -> Corpus:
@@ -416,12 +432,11 @@ def _take_weights(model: TransformerXL, corpus: Corpus, path: Path) -> None:
             f"{path} has another vocabulary ({len(checkpoint.vocabulary)} tokens) than this text ({len(corpus.vocabulary)}).",
             remedy="Begin with a checkpoint that was trained on the same train.txt.",
         )
-    try:
-        model.load_parameters(checkpoint.model)
-    except TxlError as error:
-        raise UsageError(
-            f"{path} is of another model. {error.message}", remedy="Give the model's settings that it was trained with."
-        ) from error
+    theirs, ours = (to_dict(config) | {"d_embed": config.embed_size} for config in (checkpoint.model_config, model.config))
+    other = [f"{name} is {theirs[name]} there and {ours[name]} here" for name in _SHAPING if theirs[name] != ours[name]]
+    if other:
+        raise UsageError(f"{path} is of another model: {', '.join(other)}.", remedy="Give the settings that it was trained with.")
+    model.load_parameters(checkpoint.model)
 
 
 def _work(trainer: Trainer, corpus: Corpus, n_devices: int) -> Work | None:

@@ -34,6 +34,17 @@ NOT_SETTINGS = frozenset({"TXL_CACHE_DIR", "TXL_DEBUG", "TXL_SHARED_DIR"})
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 
+_OTHER_NAMES = {"warmup_step": "lr_warmup_steps"}
+"""The specification's names of settings that have others here."""
+_FLAGS = {
+    "cuda": "train.device=cuda",
+    "fp16": "train.dtype=fp16",
+    "bf16": "train.dtype=bf16",
+    "not_tied": "model.tie_weights=false",
+    "restart": "--restart FILE",
+}
+"""Options that set one setting to one value, or none at all, and what to write in their place."""
+
 _FOLDERS = ("data.data", "train.work_dir")
 
 FIELDS: dict[str, str] = {field.name: section for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
@@ -156,6 +167,10 @@ def find(name: str) -> str:
     """
     wanted = name.strip().replace("-", "_")
     section, dot, key = wanted.rpartition(".")
+    key = _OTHER_NAMES.get(key, key)
+    wanted = f"{section}{dot}{key}"
+    if key in _FLAGS:
+        raise ConfigError(f"`{key}` is an option of the command line only; as a setting it is `{_FLAGS[key]}`.")
     if not dot and key in FIELDS:
         return f"{FIELDS[key]}.{key}"
     if dot and FIELDS.get(key) == section:
@@ -371,6 +386,9 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Setting]:
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable in NOT_SETTINGS:
             continue
         name = by_variable.get(variable) or short.get(variable)
+        key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if key in _OTHER_NAMES or key in _FLAGS:
+            name = find(key)
         if name is None:
             raise ConfigError(
                 f"The environment variable `{variable}` names no setting.{nearest(variable, [*short, *by_variable])}",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,6 +16,16 @@ from txl_train.config import RunConfig
 from txl_train.distributed import World
 from txl_train.errors import EnvironmentUnfitError, UsageError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+"""The file that a run holds locked as long as it works in a folder; it says who that is."""
+
 
 @contextlib.contextmanager
 def work_folder(config: RunConfig, world: World, *, may_hold_a_run: bool) -> Iterator[Path]:
@@ -22,10 +35,44 @@ def work_folder(config: RunConfig, world: World, *, may_hold_a_run: bool) -> Ite
             yield Path(temporary)
         return
     folder = named_work_dir(config, world.largest(int(time.time())))
-    if world.is_main:
-        _make_folder(folder, may_hold_a_run=may_hold_a_run)
-    world.wait()
-    yield folder
+    with contextlib.ExitStack() as held:
+        if world.is_main:
+            _make_folder(folder, may_hold_a_run=may_hold_a_run)
+            held.enter_context(_alone_in(folder))
+        world.wait()
+        yield folder
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder against other runs until the end; the system lets go of it where this process is killed.
+
+    Raises:
+        UsageError: another run holds it.
+    """
+    path = folder / LOCK_NAME
+    try:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  # held until the end
+    except OSError as error:
+        raise EnvironmentUnfitError(
+            f"{path} cannot be written: {error.strerror}.", remedy="Choose another folder with `--work-dir`."
+        ) from error
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UsageError(
+                    f"{folder} is in use by another run: {file.read().strip() or 'which has just begun'}.",
+                    remedy="Wait for it, stop it, or choose another `--work-dir`.",
+                ) from None
+            except OSError:  # a file system without locks
+                log.debug("%s cannot be locked", path)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def named_work_dir(config: RunConfig, started: float) -> Path:

@@ -67,7 +67,7 @@ def test_a_run_leaves_checkpoints_records_and_settings(settings: dict[str, Any],
     folder = tmp_path / "W"
     assert result.ending == "finished"
     assert {path.name for path in folder.iterdir()} == {
-        *("cache", "checkpoint_best.pt", "checkpoint_last.pt", "config.yaml", "metrics.jsonl", "train_log.log")
+        *(".lock", "cache", "checkpoint_best.pt", "checkpoint_last.pt", "config.yaml", "metrics.jsonl", "train_log.log")
     }
     best, last = load_checkpoint(folder / "checkpoint_best.pt"), load_checkpoint(folder / "checkpoint_last.pt")
     assert best.training is None
@@ -497,7 +497,7 @@ def test_weights_of_another_model_or_vocabulary_are_refused(settings: dict[str, 
     train(resolved_from(settings, max_step=1))
     start = {"init_from": str(tmp_path / "W" / "checkpoint_last.pt"), "work_dir": str(tmp_path / "V"), "max_step": 1}
 
-    with pytest.raises(UsageError, match="of another model"):
+    with pytest.raises(UsageError, match="of another model: n_layer is 1 there and 2 here"):
         train(resolved_from(settings, **start, n_layer=2))
     other = tmp_path / "other"
     other.mkdir()
@@ -676,3 +676,37 @@ def train_unheard(settings: dict[str, Any]) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", stop_at_4)
         return train(resolved_from(settings)).ending
+
+
+def train_here(settings: dict[str, Any]) -> str:
+    try:
+        train(resolved_from(settings))
+    except UsageError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_folder_that_another_run_works_in_is_left_alone(settings: dict[str, Any], tmp_path: Path) -> None:
+    endless = settings | {"max_step": 100_000}
+    process, _ = start(train_here, endless)
+    try:
+        record = tmp_path / "W" / "metrics.jsonl"
+        for _ in range(600):
+            if record.exists() and record.stat().st_size:
+                break
+            time.sleep(0.1)
+        told = train_here(settings | {"n_layer": 2})
+        assert f"is in use by another run: process {process.pid} on " in told
+        assert "n_layer: 1" in (tmp_path / "W" / "config.yaml").read_text(encoding="utf-8")
+    finally:
+        process.kill()
+        process.join()
+    assert train_here(settings) == "trained"  # the system has let go of it
+
+
+def test_a_folder_prepared_for_another_data_set_is_told(
+    settings: dict[str, Any], text_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (text_folder / "corpus.json").write_text('{"dataset": "wt103"}', encoding="utf-8")
+    train(resolved_from(settings, max_step=1))
+    assert "was prepared as data set wt103, and is read as text" in caplog.text

@@ -288,3 +288,16 @@ def test_settings_need_neither_pytorch_nor_numpy() -> None:
     )
 
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("source", ["assignment", "environment"])
+def test_the_specifications_name_of_a_setting_is_known_everywhere(source: str) -> None:
+    given = {"assignments": ["warmup_step=7"]} if source == "assignment" else {"environment": {"TXL_WARMUP_STEP": "7"}}
+    assert resolve(**({"environment": {}} | given)).config.optim.lr_warmup_steps == 7  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("flag", "setting"), [("fp16", "train.dtype=fp16"), ("not_tied", "model.tie_weights=false")])
+def test_an_option_that_is_no_setting_names_the_one_it_sets(flag: str, setting: str) -> None:
+    for sources in ({"assignments": [f"{flag}=true"]}, {"environment": {f"TXL_{flag.upper()}": "1"}}):
+        with pytest.raises(ConfigError, match=setting):
+            resolve(**({"environment": {}} | sources))  # type: ignore[arg-type]

@@ -240,6 +240,11 @@ def _load(path: Path) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
 
     checkpoint = load_checkpoint(path)
     stored = {section: dict(values) for section, values in checkpoint.settings.items()}
+    if checkpoint.training is None:
+        raise UsageError(
+            f"{path} is for use only: it holds no training state to continue from.",
+            remedy=f"Continue from checkpoint_last.pt of its run, or begin a new run with its weights: `--init-from {path}`.",
+        )
     if not stored:
         raise UsageError(f"{path} does not say how it was trained, so training cannot be continued.", remedy="Train anew.")
     stored["train"] |= {"work_dir": str(path.parent), "append_dataset": False, "append_time": False}
