@@ -17,7 +17,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["txl_train.run", "tests.processes"])
+_CONTEXT.set_forkserver_preload(["torch._dynamo", "txl_train.run", "tests.processes"])  # the first comes with every optimizer
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], answer: Connection) -> None:
