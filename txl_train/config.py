@@ -235,7 +235,7 @@ class TrainConfig:
     debug: bool = False
     """Write no files: no work folder, checkpoints or logs."""
     init_from: str | None = None
-    """Checkpoint whose weights training begins with; none means freshly drawn ones."""
+    """Checkpoint whose weights, and settings of the model, training begins with; none means freshly drawn weights."""
     compat: Compat | None = None
     """Train as NVIDIA's code of 2019 or 2023 does, where the default here is better on purpose (docs/training.md lists where)."""
     max_step: int = 40000

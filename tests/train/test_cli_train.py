@@ -21,6 +21,7 @@ from txl_deploy.cli.main import main
 from txl_deploy.cli.train import command
 from txl_train import validation
 from txl_train.callbacks import StepReport
+from txl_train.checkpoint import load_checkpoint
 from txl_train.config import SECTIONS, field_docs
 from txl_train.trainer import Trainer
 
@@ -232,6 +233,35 @@ def test_a_signal_with_a_target_ends_well(
     monkeypatch.setattr("txl_train.trainer.Trainer.agree", lambda trainer: trainer.stop("sigterm") or trainer.ending)
     target = ["--target-perplexity", "1.5", "-q"]
     assert main(["train", *SMALL, "--data", str(text_folder), "--work-dir", str(tmp_path / "W"), *target]) == 0
+
+
+def test_beginning_with_a_checkpoint_takes_its_models_settings_too(
+    capsys: pytest.CaptureFixture[str], text_folder: Path, tmp_path: Path
+) -> None:
+    first = ["--data", str(text_folder), "--work-dir", str(tmp_path / "W"), "-q"]
+    assert main(["train", *SMALL, *first]) == 0
+    last = tmp_path / "W" / "checkpoint_last.pt"
+    of_training = [word for word in SMALL if word in ("--dataset", "text")]
+    second = [
+        "--data",
+        str(text_folder),
+        "--work-dir",
+        str(tmp_path / "V"),
+        "--init-from",
+        str(last),
+        "--batch-size",
+        "4",
+        "--tgt-len",
+        "5",
+    ]
+    more = ["--max-step", "1", "--lr-warmup-steps", "1", "--eval-batch-size", "4", "--eval-tgt-len", "5", "--device", "cpu", "--json", "-q"]
+    capsys.readouterr()
+
+    assert main(["train", *of_training, *second, *more]) == 0
+
+    result = json.loads(capsys.readouterr().out)
+    assert result["parameters"] == sum(weight.numel() for weight in load_checkpoint(last).model.values())
+    assert dry_run(capsys, "--init-from", str(last))["origin"]["model.n_layer"] == "checkpoint"
 
 
 def test_a_damaged_checkpoint_exits_with_4(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ def _lines(document: dict[str, Any]) -> list[str]:
         "Next:",
         f"  txl eval --checkpoint {out}{data}",
         f"  txl export --checkpoint {out} --format onnx --out DIR",
+        f"  txl train --init-from {out} --work-dir DIR{data}",
         f"  txl inspect {out}",
     ]
 

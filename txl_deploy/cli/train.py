@@ -145,6 +145,8 @@ def command(
         checkpoint, stored = _load(path)
         if named and path.parent.resolve() == work_dir.resolve():
             assignments = (*assignments, f"train.work_dir={path.parent}", "train.append_dataset=false", "train.append_time=false")
+    elif begin_with := settings.look_up("train.init_from", config, overrides=overrides, assignments=assignments):
+        stored = {"model": _model_settings(Path(begin_with))}
     resolved = settings.resolve(config, stored=stored, overrides=overrides, assignments=assignments)
     if restart:
         in_place = path.parent.resolve() == Path(resolved.config.train.work_dir).resolve()
@@ -232,6 +234,14 @@ def _checkpoint_path(restart: str, work_dir: Path) -> Path:
             remedy="Leave `--resume` or `--restart` out to begin, or name a checkpoint.",
         )
     return last
+
+
+def _model_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of the model whose weights training is to begin with."""
+    from txl_train.checkpoint import load_checkpoint
+    from txl_train.config import to_dict
+
+    return to_dict(load_checkpoint(path).model_config)
 
 
 def _load(path: Path) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
