@@ -134,7 +134,7 @@ def test_save_data_shows_and_keeps_latency_and_throughput(exports: Exports, caps
     total = sum(samples["latency_s"][warm_up:])
     assert speed["throughput_tokens_per_s"] == pytest.approx(sum(samples["tokens"][warm_up:]) / total)
     assert speed["latency_ms_mean"] == pytest.approx(1000 * total / speed["n"])
-    assert kept["command"].startswith("txl ")
+    assert kept["command"].startswith("txl")
 
 
 def test_the_documents_that_are_printed_have_no_samples(exports: Exports, capsys: Capture, tmp_path: Path) -> None:
