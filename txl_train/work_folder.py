@@ -37,8 +37,10 @@ def work_folder(config: RunConfig, world: World, *, may_hold_a_run: bool) -> Ite
     folder = named_work_dir(config, world.largest(int(time.time())))
     with contextlib.ExitStack() as held:
         if world.is_main:
-            _make_folder(folder, may_hold_a_run=may_hold_a_run)
+            _make_folder(folder)
             held.enter_context(_alone_in(folder))
+            if not may_hold_a_run:
+                _check_free(folder)
         world.wait()
         yield folder
 
@@ -85,8 +87,8 @@ def named_work_dir(config: RunConfig, started: float) -> Path:
     return folder
 
 
-def _make_folder(folder: Path, *, may_hold_a_run: bool) -> None:
-    """Make the work folder, or see to it that no run in it is lost by mistake."""
+def _make_folder(folder: Path) -> None:
+    """Make the work folder, unless it is there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -95,7 +97,11 @@ def _make_folder(folder: Path, *, may_hold_a_run: bool) -> None:
         raise EnvironmentUnfitError(
             f"The work folder {folder} cannot be made: {error.strerror}.", remedy="Choose another with `--work-dir`."
         ) from error
-    if not may_hold_a_run and any((folder / name).exists() for name in (LAST_NAME, BEST_NAME)):
+
+
+def _check_free(folder: Path) -> None:
+    """See to it that no run in the folder is lost by mistake."""
+    if any((folder / name).exists() for name in (LAST_NAME, BEST_NAME)):
         raise UsageError(
             f"{folder} holds a trained model already.",
             remedy="Continue it with `--resume`, train in another `--work-dir`, or begin anew with `--overwrite`, which deletes it.",

@@ -687,7 +687,7 @@ def train_here(settings: dict[str, Any]) -> str:
 
 
 def test_a_folder_that_another_run_works_in_is_left_alone(settings: dict[str, Any], tmp_path: Path) -> None:
-    endless = settings | {"max_step": 100_000}
+    endless = settings | {"max_step": 100_000, "eval_interval": 100_000}  # so it leaves no checkpoint
     process, _ = start(train_here, endless)
     try:
         record = tmp_path / "W" / "metrics.jsonl"
