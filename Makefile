@@ -1,5 +1,6 @@
 # Each target does all of its own set-up in $(VENV): `make demo` and `make test` work in a fresh clone.
 #   make PYTHON=python3.12 test    another interpreter, 3.10 to 3.13
+#   make JOBS=8 test               so many processes of tests side by side, each on one thread
 #   make CONSTRAINTS= test         the newest versions that setup.cfg allows rather than the tested ones
 # Without a GPU, PyTorch's small CPU build is enough:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
@@ -9,6 +10,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 DEMO_DIR ?= demo-run
 PYTEST_ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PACKAGING := setup.cfg pyproject.toml $(CONSTRAINTS)
@@ -28,10 +30,10 @@ bench: $(VENV)/.installed ## measure the newest demo's models long enough for a 
 	@PATH="$(abspath $(BIN)):$$PATH" benchmarks/bench.sh "$(DEMO_DIR)"
 
 test: lint type ## lint, types and the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-dev ## the test suite without its slow tests
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff: rules and format
 	$(BIN)/python -m ruff check .

@@ -6,6 +6,7 @@ gives the same bytes. Knows the JSON and the checksums; what the settings mean i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -14,17 +15,20 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from txl_train.config import MemoryKind, SameLengthRule
+from txl_train.config import HeadKind, MemoryKind, SameLengthRule
 from txl_train.errors import ManifestError, nearest
 from txl_train.files import file_sha256
 
 FILE_NAME = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+PARENT_FILE = "parent.json"
+"""The manifest of the graph that an engine was built from, kept beside the engine."""
 
-Format = Literal["onnx", "torchscript"]
-Dtype = Literal["fp32", "fp16", "bf16"]
+Format = Literal["onnx", "torchscript", "trt", "trt-rtx"]
+Dtype = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +42,25 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parent:
+    """The artifact that another one was made from: the graph of an engine. Its manifest lies beside the engine as `parent.json`."""
+
+    manifest_sha256: str
+    """Checksum of its `manifest.json`."""
+    format: Format
+    """How it stores the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
-    """The checkpoint an artifact was made from."""
+    """The checkpoint an artifact was made from, and what lies between."""
 
     checkpoint_sha256: str
     """Checksum of the checkpoint file."""
     checkpoint_name: str
     """Its file name, without the folder."""
+    parent: Parent | None = None
+    """None where the artifact was made from the checkpoint itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +81,10 @@ class Settings:
     """What the memory holds: hidden states, or projected keys and values."""
     dtype: Dtype
     """Type of the weights and of the matrix products."""
+    memory_dtype: Dtype = "fp32"
+    """Type of the states."""
+    head: HeadKind = "nll"
+    """What a step yields: nll of given targets, or logits or log p of every word as the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +94,40 @@ class BatchRange:
     min: int = 1
     max: int | None = None
     """None means any."""
+    opt: int | None = None
+    """The one that an engine was tuned for; None where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileRecord:
+    """The shapes of one input that an engine takes."""
+
+    name: str
+    min: list[int]
+    opt: list[int]
+    max: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """What an engine is bound to: it is refused anywhere else, before any native code sees it."""
+
+    builder: Literal["tensorrt", "tensorrt_rtx"]
+    """The package that built it, which alone can run it."""
+    builder_version: str
+    """Its exact version, which alone can run it."""
+    target: str
+    """Name of the target in engines/targets that it was built for."""
+    compute_capability: str | None
+    """Such as 7.5; None for an engine that fits every GPU its builder supports (`hardware_compatibility` says which)."""
+    hardware_compatibility: str = "none"
+    """none, ampere_plus, same_compute_capability or portable."""
+    gpu: str | None = None
+    """Name of the GPU it was built on; None where it was built without one."""
+    driver: str | None = None
+    """NVIDIA driver it was built with."""
+    profiles: list[ProfileRecord] = field(default_factory=list)
+    """Shapes of its inputs, in the order of the call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +168,14 @@ class Manifest:
     """Version of each package that took part, by name."""
     command: str
     """The command that made it."""
+    git_commit: str | None = None
+    """Commit of txl's own source tree, with `+changes` where it differs from that; None for an installed package."""
+    engine: EngineFacts | None = None
+    """What an engine is bound to; None for graphs."""
+    precisions: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Real precisions as read back from what was written: how many weights, products (and layers of an engine) of each type."""
+    audit: dict[str, Any] | None = None
+    """Of fp16: the largest magnitude at each point against what fp16 holds (`export.audit`); None for fp32."""
 
     def __post_init__(self) -> None:
         for name in self.files:
@@ -121,6 +183,7 @@ class Manifest:
         for where, value in (
             ("source.checkpoint_sha256", self.source.checkpoint_sha256),
             ("vocabulary_sha256", self.vocabulary_sha256),
+            *([] if self.source.parent is None else [("source.parent.manifest_sha256", self.source.parent.manifest_sha256)]),
             *((f"files.{name}.sha256", record.sha256) for name, record in self.files.items()),
         ):
             if not re.fullmatch("[0-9a-f]{64}", value):
@@ -201,6 +264,8 @@ def read_manifest(directory: Path) -> Manifest:
     recorded = document.pop("sha256", None)
     if recorded != _checksum(document):
         raise ManifestError(f"{path} was changed after it was written: its own checksum does not match.", remedy=remedy)
+    if version == 1:
+        document = _from_version_1(document)
     try:
         manifest = _from_plain(Manifest, document, "")
     except ManifestError as error:
@@ -263,6 +328,16 @@ def _findings(directory: Path, manifest: Manifest, checkpoint: Path | None) -> l
             message = f"was made from {manifest.source.checkpoint_name} with sha256 {expected[:12]}…, but {checkpoint} has {actual[:12]}…"
             findings.append(Finding(FILE_NAME, "other checkpoint", message))
     return findings
+
+
+def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest of the first schema as one of this: it knew fp32 graphs with the head `nll` alone."""
+    new = copy.deepcopy(document)
+    new["schema_version"] = SCHEMA_VERSION
+    for name, value in (("source", {"parent": None}), ("settings", {"memory_dtype": "fp32", "head": "nll"}), ("batch", {"opt": None})):
+        if isinstance(new.get(name), dict):
+            new[name] = value | new[name]
+    return {"git_commit": None, "engine": None, "precisions": {}, "audit": None} | new
 
 
 def _examine(directory: Path, name: str, record: FileRecord) -> Finding | None:
@@ -337,6 +412,12 @@ def _from_plain(expected: Any, value: Any, where: str) -> Any:
         return {key: _from_plain(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is list and isinstance(value, list):
         return [_from_plain(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    one_of = next((kind for kind in arguments if dataclasses.is_dataclass(kind)), None)
+    if one_of is not None and origin not in (dict, list):  # a dataclass or None
+        return None if value is None else _from_plain(one_of, value, where)
+    compound = next((kind for kind in arguments if origin is UnionType and get_origin(kind) is not None), None)
+    if compound is not None and value is not None:  # a dict, a list or a literal, or None
+        return _from_plain(compound, value, where)
     kinds = tuple(kind for kind in (arguments or (expected,)) if isinstance(kind, type))
     if expected is Any or (origin not in (dict, list) and isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)):
         return value

@@ -1,6 +1,6 @@
 """A runtime with its memory: carries it from segment to segment, and starts single streams anew."""
 
-# Shape suffixes: B batch, T tgt_len
+# Shape suffixes: B batch, T tgt_len, Q ext_len + tgt_len, V vocabulary
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ class Session:
         """Score the next segment of every stream: nll, nats, float32 [B, T], valid until the next step."""
         nll_BT, self.memory = self.runtime.step(input_ids_BT, target_ids_BT, self.memory)
         return nll_BT
+
+    def next_token(self, input_ids_BQ: Tensor) -> Tensor:
+        """Run the next segment of every stream: float32 scores [B, V] of every word as the next one, valid until the next step."""
+        scores_BV, self.memory = self.runtime.next_token(input_ids_BQ, self.memory)
+        return scores_BV
 
     def reset(self, streams: Sequence[int]) -> None:
         """Put some streams back to a cold start. Only their valid length changes: what lies beyond it is never read."""

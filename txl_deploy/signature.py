@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from txl_train.config import MemoryKind, ModelConfig
+from txl_train.config import HeadKind, MemoryKind, ModelConfig
 from txl_train.model.memory import state_count, state_shape
 
 BATCH = "batch_size"
+
+ELEMENTS = {"fp32": "float32", "fp16": "float16"}
+"""The name that numpy, and so a manifest, has for what `--dtype` calls so."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +34,41 @@ class Signature:
     outputs: tuple[TensorSpec, ...]
 
 
-def step_signature(config: ModelConfig, *, tgt_len: int, memory: MemoryKind, dtype: str = "float32") -> Signature:
-    """Return the signature of `InferenceStep` with its lists laid out flat.
+def step_signature(
+    config: ModelConfig,
+    *,
+    tgt_len: int,
+    memory: MemoryKind,
+    head: HeadKind = "nll",
+    memory_dtype: str = "fp32",
+    batch: int | None = None,
+) -> Signature:
+    """Return the signature of the step with that head (`model.inference.STEPS`), its lists laid out flat.
 
-    Inputs: `input_ids` (with `ext_len` tokens before the segment), `target_ids`, one `target_rows.{i}` per tail cluster (flat positions
-    b*T + t of the targets in it, padded with B*T or empty), `memory_length`, the states. Outputs: `nll`, `new_memory_length`, the new
-    states.
+    Inputs: `input_ids` (with `ext_len` tokens before the segment); for `nll` the `target_ids` and one `target_rows.{i}` per tail cluster
+    (flat positions b*T + t of the targets in it, padded with B*T or empty); `memory_length`; the states. Outputs: `nll` of each target, or
+    `logits` or `log_probs` of every word after the last token; `new_memory_length`; the new states.
+
+    Args:
+        batch: a fixed number of streams; None leaves the axis free.
     """
-    tokens = (BATCH, tgt_len)
+    streams: int | str = BATCH if batch is None else batch
+    tokens = (streams, tgt_len)
     rows = [TensorSpec(f"target_rows.{i}", "int64", (f"target_rows_{i}",)) for i in range(1, config.n_cluster + 1)]
-    state_axes: tuple[int | str, ...] = (BATCH, *state_shape(config, memory, 1)[1:])
+    state_axes: tuple[int | str, ...] = (streams, *state_shape(config, memory, 1)[1:])
     old, new = state_names(config, memory)
+    targets = [TensorSpec("target_ids", "int64", tokens), *rows] if head == "nll" else []
     return Signature(
         inputs=(
-            TensorSpec("input_ids", "int64", (BATCH, config.ext_len + tgt_len)),
-            TensorSpec("target_ids", "int64", tokens),
-            *rows,
-            TensorSpec("memory_length", "int64", (BATCH,)),
-            *(TensorSpec(name, dtype, state_axes) for name in old),
+            TensorSpec("input_ids", "int64", (streams, config.ext_len + tgt_len)),
+            *targets,
+            TensorSpec("memory_length", "int64", (streams,)),
+            *(TensorSpec(name, ELEMENTS[memory_dtype], state_axes) for name in old),
         ),
         outputs=(
-            TensorSpec("nll", "float32", tokens),
-            TensorSpec("new_memory_length", "int64", (BATCH,)),
-            *(TensorSpec(name, dtype, state_axes) for name in new),
+            TensorSpec(head, "float32", tokens if head == "nll" else (streams, config.vocab_size)),
+            TensorSpec("new_memory_length", "int64", (streams,)),
+            *(TensorSpec(name, ELEMENTS[memory_dtype], state_axes) for name in new),
         ),
     )
 

@@ -22,6 +22,7 @@ AttentionKind = Literal["relative", "shaw", "sinusoidal", "learned"]
 Distribution = Literal["normal", "uniform"]
 Compat = Literal["nvidia-2019", "nvidia-2023"]
 MemoryKind = Literal["hidden", "kv"]
+HeadKind = Literal["nll", "logits", "log_probs"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,90 +1,246 @@
-"""`txl export`: writes a checkpoint as ONNX or TorchScript, compared with the checkpoint before it gets its name."""
+"""`txl export`: writes a checkpoint as ONNX, TorchScript or a TensorRT engine, compared with the checkpoint where that can run here."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
 from txl_deploy.cli.lengths import length_options, memory_option
-from txl_deploy.cli.options import command_line, echo_json, json_option, threads_option, verbosity_options
+from txl_deploy.cli.options import command_line, dataset_options, echo_json, json_option, threads_option, verbosity_options
+from txl_train.errors import EnvironmentUnfitError, UsageError
+
+if TYPE_CHECKING:
+    from txl_deploy.export.artifact import Exported, ExportRequest
+    from txl_deploy.manifest import Manifest
+
+TRT_FORMATS = ("trt", "trt-rtx")
 
 
 @click.command("export")
 @click.option(
-    "--checkpoint", "--model", type=click.Path(path_type=Path), required=True, metavar="FILE", help="A checkpoint that `txl train` wrote."
+    "--checkpoint", "--model", type=click.Path(path_type=Path), metavar="FILE", help="A checkpoint that `txl train` or `txl import` wrote."
 )
-@click.option("--format", "format_name", type=click.Choice(["onnx", "torchscript"]), required=True, help="What to write.")
+@click.option(
+    "--artifact", type=click.Path(path_type=Path), metavar="DIR", help="For an engine: build it from this exported ONNX graph instead."
+)
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["onnx", "torchscript", *TRT_FORMATS]),
+    required=True,
+    help="What to write. trt: an engine of TensorRT, or of TensorRT-RTX where only that can build for the target here; "
+    "trt-rtx: of TensorRT-RTX.",
+)
 @click.option("--out", "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to make.")
+@click.option(
+    "--head",
+    type=click.Choice(["nll", "logits", "log-probs"]),
+    default="nll",
+    show_default=True,
+    help="nll of given targets, to score text; or logits or log p of every word as the next one, to generate and to serve.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "fp16"]), help="Type of weights and matrix products.  [default: fp32; of an engine fp16]"
+)
+@click.option("--fp16", is_flag=True, help="The same as --dtype fp16.")
+@click.option("--memory-dtype", type=click.Choice(["fp32", "fp16"]), help="Type of the states.  [default: that of --dtype]")
 @memory_option
 @length_options
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Fix the number of streams.  [default: any]")
+@click.option(
+    "--batch-range",
+    metavar="MIN,OPT,MAX",
+    help="Of an engine: numbers of streams it takes, and the one it is tuned for.  [default: 1,8,32]",
+)
+@click.option(
+    "--target",
+    metavar="NAME",
+    help="Of an engine: the GPU it is for, such as t4, v100, a100, h100; `txl doctor` lists them.  [default: this one]",
+)
+@click.option(
+    "--kit", is_flag=True, help="Of an engine: write all that is needed to build it on the target, even where it could be built here."
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Of an engine: start from the timings of an earlier build.",
+)
+@click.option(
+    "--keep-onnx",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Of an engine from a checkpoint: keep the ONNX graph it was built from.",
+)
+@dataset_options
 @click.option("--overwrite", is_flag=True, help="Replace an exported model that is there already.")
 @threads_option
 @json_option
 @verbosity_options
 def command(
-    checkpoint: Path,
+    checkpoint: Path | None,
+    artifact: Path | None,
     format_name: str,
     out: Path,
+    head: str,
+    dtype: str | None,
+    fp16: bool,
+    memory_dtype: str | None,
     memory: str | None,
     tgt_len: int | None,
     mem_len: int | None,
     ext_len: int | None,
     clamp_len: int | None,
     same_length: bool | None,
+    batch_size: int | None,
+    batch_range: str | None,
+    target: str | None,
+    kit: bool,
+    timing_cache: Path | None,
+    keep_onnx: Path | None,
+    dataset: str | None,
+    data: Path | None,
     overwrite: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Write a checkpoint as a graph with explicit memory inputs and outputs, any batch size, fixed lengths.
+    """Write a checkpoint as a graph or an engine with explicit memory inputs and outputs, of fixed lengths.
 
     The folder gets the graph, the vocabulary and a manifest with the sha256 of everything. Before it gets its name, the graph is run
-    on random tokens and compared with the checkpoint; if it differs, nothing is written and the exit code is 1.
+    on random tokens and compared with the checkpoint; if it differs, nothing is written and the exit code is 1. With fp16, the largest
+    values that real text causes are compared with what fp16 holds, and recorded.
+
+    An engine that cannot be built here is not: the folder gets a kit that builds it on its target, and the exit code is 3.
     """
     from txl_deploy.export.artifact import ExportRequest, export_artifact
     from txl_deploy.runtimes.registry import use_threads
-    from txl_train.config import MemoryKind
 
+    if fp16 and dtype == "fp32":
+        raise UsageError("`--fp16` and `--dtype fp32` contradict each other.")
+    engine_only = {"--artifact": artifact, "--batch-range": batch_range, "--target": target, "--timing-cache": timing_cache}
+    engine_only |= {"--keep-onnx": keep_onnx, "--kit": kit or None}
+    if format_name not in TRT_FORMATS:
+        given = [name for name, value in engine_only.items() if value is not None]
+        if given:
+            raise UsageError(
+                f"`{given[0]}` is for engines, not for `--format {format_name}`.", remedy="Leave it out, or use `--format trt`."
+            )
+    elif batch_size is not None and batch_range is not None:
+        raise UsageError("`--batch-size` and `--batch-range` contradict each other.", remedy="Give one of them.")
+    if (checkpoint is None) == (artifact is None):
+        raise UsageError(
+            "There must be exactly one model to export.",
+            remedy="Give `--checkpoint FILE`, or `--artifact DIR` to build an engine from ONNX.",
+        )
     use_threads(threads)
-    exported = export_artifact(
-        ExportRequest(
+    chosen_dtype = dtype or ("fp16" if fp16 or format_name in TRT_FORMATS else "fp32")
+    changes: dict[str, Any] = {"memory": memory, "tgt_len": tgt_len, "mem_len": mem_len, "ext_len": ext_len, "clamp_len": clamp_len}
+    changes |= {"same_length": same_length, "memory_dtype": memory_dtype, "dataset": dataset, "data": data, "batch_size": batch_size}
+    request: ExportRequest | None = None
+    if checkpoint is not None:
+        request = ExportRequest(
             checkpoint=checkpoint,
             out=out,
             format=cast(Literal["onnx", "torchscript"], format_name),
-            memory=cast(MemoryKind | None, memory),
-            tgt_len=tgt_len,
-            mem_len=mem_len,
-            ext_len=ext_len,
-            clamp_len=clamp_len,
-            same_length=same_length,
+            head=cast(Any, head.replace("-", "_")),
+            dtype=cast(Any, chosen_dtype),
+            overwrite=overwrite,
+            command=command_line(),
+            **changes,
+        )
+    if format_name in TRT_FORMATS:
+        own = {f"--{name.replace('_', '-')}": value for name, value in changes.items()} | {"--dtype": dtype, "--fp16": fp16 or None}
+        fixed = [name for name, value in own.items() if value is not None and name != "--batch-size"]
+        if artifact is not None and fixed:
+            raise UsageError(f"`{fixed[0]}` is fixed in an exported graph.", remedy="Leave it out, or export from the checkpoint.")
+        _export_engine(
+            request, artifact, format_name, out, batch_range or batch_size, target, kit, timing_cache, keep_onnx, overwrite, as_json
+        )
+        return
+    assert request is not None
+    exported = export_artifact(request)
+    if as_json:
+        echo_json(_describe(exported))
+        return
+    for line in _summary(exported.directory, exported.manifest):
+        click.echo(line)
+    if exported.parity is None:
+        click.echo("Not compared with the checkpoint: the package that runs it is not installed here (`txl doctor`).", err=True)
+    else:
+        click.echo(f"Compared with the checkpoint over {exported.parity.n_segments} segments of random tokens: {exported.parity.reason}.")
+
+
+def _export_engine(
+    request: ExportRequest | None,
+    artifact: Path | None,
+    format_name: str,
+    out: Path,
+    batch: str | int | None,
+    target: str | None,
+    kit: bool,
+    timing_cache: Path | None,
+    keep_onnx: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    from txl_deploy.trt.artifact import EngineRequest, export_engine
+    from txl_deploy.trt.profiles import parse_batch_range
+
+    result = export_engine(
+        EngineRequest(
+            graph=artifact,
+            checkpoint=request,
+            out=out,
+            rtx_only=format_name == "trt-rtx",
+            batch=parse_batch_range(batch),
+            target=target,
+            kit=kit,
+            timing_cache=timing_cache,
+            keep_onnx=keep_onnx,
             overwrite=overwrite,
             command=command_line(),
         )
     )
-    parity = exported.parity
     if as_json:
-        echo_json(
-            {
-                "directory": str(exported.directory),
-                "format": exported.manifest.format,
-                "files": {name: {"sha256": record.sha256, "bytes": record.bytes} for name, record in exported.manifest.files.items()},
-                "checkpoint_sha256": exported.manifest.source.checkpoint_sha256,
-                "tgt_len": exported.manifest.settings.tgt_len,
-                "mem_len": exported.manifest.settings.mem_len,
-                "ext_len": exported.manifest.model["ext_len"],
-                "memory": exported.manifest.settings.memory,
-                "checked": None if parity is None else {"passed": parity.passed, "max_abs_delta_nll": parity.max_abs_delta_nll},
-            }
-        )
-        return
-    settings = exported.manifest.settings
-    extension = f", ext_len {exported.manifest.model['ext_len']}" if exported.manifest.model["ext_len"] else ""
-    lengths = f"tgt_len {settings.tgt_len}, mem_len {settings.mem_len}{extension}, any batch size"
-    click.echo(f"{exported.directory}: {format_name}, fp32, {settings.memory} memory, {lengths}")
-    for name, record in exported.manifest.files.items():
-        click.echo(f"  {name}  {record.bytes / 1e6:.1f} MB  sha256 {record.sha256[:12]}…")
-    if parity is None:
-        click.echo("Not compared with the checkpoint: the package that runs it is not installed here (`txl doctor`).", err=True)
+        echo_json(result.describe())
     else:
-        click.echo(f"Compared with the checkpoint over {parity.n_segments} segments of random tokens: {parity.reason}.")
+        for line in result.lines():
+            click.echo(line)
+    if result.kit is not None and not kit:
+        raise EnvironmentUnfitError(
+            f"The engine was not built here: {result.why_not}. {result.directory} holds a kit that builds it on {result.target}.",
+            remedy=f"Copy the folder there and run `{result.build_command}`.",
+        )
+
+
+def _describe(exported: Exported) -> dict[str, Any]:
+    manifest, parity = exported.manifest, exported.parity
+    return {
+        "directory": str(exported.directory),
+        "format": manifest.format,
+        "files": {name: {"sha256": record.sha256, "bytes": record.bytes} for name, record in manifest.files.items()},
+        "checkpoint_sha256": manifest.source.checkpoint_sha256,
+        "head": manifest.settings.head,
+        "dtype": manifest.settings.dtype,
+        "memory_dtype": manifest.settings.memory_dtype,
+        "tgt_len": manifest.settings.tgt_len,
+        "mem_len": manifest.settings.mem_len,
+        "ext_len": manifest.model["ext_len"],
+        "memory": manifest.settings.memory,
+        "precisions": manifest.precisions,
+        "audit": manifest.audit,
+        "checked": None if parity is None else {"passed": parity.passed, "max_abs_delta_nll": parity.max_abs_delta_nll},
+    }
+
+
+def _summary(directory: Path, manifest: Manifest) -> list[str]:
+    settings = manifest.settings
+    extension = f", ext_len {manifest.model['ext_len']}" if manifest.model["ext_len"] else ""
+    batch = "any batch size" if manifest.batch.max is None else f"batch size {manifest.batch.max}"
+    lengths = f"tgt_len {settings.tgt_len}, mem_len {settings.mem_len}{extension}, {batch}"
+    memory = f"{settings.memory} memory" + (f" of {settings.memory_dtype}" if settings.memory_dtype != settings.dtype else "")
+    lines = [f"{directory}: {manifest.format}, {settings.dtype}, {settings.head.replace('_', '-')}, {memory}, {lengths}"]
+    lines += [f"  {name}  {record.bytes / 1e6:.1f} MB  sha256 {record.sha256[:12]}…" for name, record in manifest.files.items()]
+    return lines

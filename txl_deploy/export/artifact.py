@@ -19,15 +19,16 @@ import txl_train
 from txl_deploy import manifest as manifests
 from txl_deploy.export.onnx import export_onnx
 from txl_deploy.export.torchscript import export_torchscript
-from txl_deploy.manifest import Format, Manifest
-from txl_deploy.parity.rollout import ParityResult, compare, random_segments
+from txl_deploy.manifest import Dtype, Format, Manifest
+from txl_deploy.parity.rollout import BATCH_SIZE, ParityResult, compare, random_segments
+from txl_deploy.runtimes.base import TORCH_TYPES
 from txl_deploy.runtimes.eager import EagerRuntime
 from txl_deploy.runtimes.registry import open_artifact
 from txl_deploy.signature import TensorSpec, step_signature
 from txl_train.checkpoint import load_model
-from txl_train.config import MemoryKind, SameLengthRule, to_dict
+from txl_train.config import HeadKind, MemoryKind, SameLengthRule, to_dict
 from txl_train.errors import EnvironmentUnfitError, ManifestError, UsageError, ValidationError
-from txl_train.model.inference import InferenceStep, with_lengths
+from txl_train.model.inference import STEPS, with_lengths
 from txl_train.model.memory import best_memory_kind
 
 VOCABULARY_FILE = "vocabulary.json"
@@ -48,6 +49,15 @@ class ExportRequest:
     clamp_len: int | None = None
     same_length: bool | None = None
     same_length_rule: SameLengthRule | None = None
+    head: HeadKind = "nll"
+    dtype: Dtype = "fp32"
+    memory_dtype: Dtype | None = None
+    """None takes `dtype`."""
+    batch_size: int | None = None
+    """The only number of streams a step takes; None means any."""
+    dataset: str | None = None
+    data: Path | None = None
+    """Text for the audit of fp16; None takes what the checkpoint was trained on, or random tokens where that is not here."""
     overwrite: bool = False
     command: str = "txl export"
 
@@ -81,11 +91,14 @@ def export_artifact(request: ExportRequest) -> Exported:
     )
     tgt_len = checkpoint.eval_tgt_len if request.tgt_len is None else request.tgt_len
     memory = request.memory or best_memory_kind(config)
-    step = InferenceStep(model, tgt_len, memory, config)
+    memory_dtype = request.memory_dtype or request.dtype
+    step = STEPS[request.head](model, tgt_len, memory, config, dtype=TORCH_TYPES[request.dtype], memory_dtype=TORCH_TYPES[memory_dtype])
     assert checkpoint.sha256 is not None  # it was loaded from a file
     source_sha256 = checkpoint.sha256
-    signature = step_signature(config, tgt_len=tgt_len, memory=memory)
-    with _folder_beside(request.out, overwrite=request.overwrite) as directory:
+    signature = step_signature(
+        config, tgt_len=tgt_len, memory=memory, head=request.head, memory_dtype=memory_dtype, batch=request.batch_size
+    )
+    with folder_beside(request.out, overwrite=request.overwrite) as directory:
         if request.format == "onnx":
             metadata = {
                 "checkpoint_sha256": source_sha256,
@@ -97,9 +110,11 @@ def export_artifact(request: ExportRequest) -> Exported:
                 "same_length": str(config.same_length).lower(),
                 "same_length_rule": config.same_length_rule,
                 "memory": memory,
-                "dtype": "fp32",
+                "dtype": request.dtype,
+                "memory_dtype": memory_dtype,
+                "head": request.head,
             }
-            files = export_onnx(step, directory, metadata)
+            files = export_onnx(step, directory, metadata, batch_size=request.batch_size)
         else:
             files = export_torchscript(step, directory)
         checkpoint.vocabulary.save(directory / VOCABULARY_FILE)
@@ -116,8 +131,11 @@ def export_artifact(request: ExportRequest) -> Exported:
                     same_length=config.same_length,
                     same_length_rule=config.same_length_rule,
                     memory=memory,
-                    dtype="fp32",
+                    dtype=request.dtype,
+                    memory_dtype=memory_dtype,
+                    head=request.head,
                 ),
+                batch=manifests.BatchRange(min=request.batch_size or 1, max=request.batch_size),
                 inputs=[_record(spec) for spec in signature.inputs],
                 outputs=[_record(spec) for spec in signature.outputs],
                 dataset=checkpoint.dataset,
@@ -132,8 +150,8 @@ def export_artifact(request: ExportRequest) -> Exported:
             runtime = open_artifact(directory)
         except EnvironmentUnfitError:
             return Exported(request.out, manifest, None)
-        reference = EagerRuntime(model, tgt_len=tgt_len, memory=memory, config=config, origin=str(request.checkpoint))
-        parity = compare(reference, runtime, random_segments(config, tgt_len=tgt_len))
+        reference = EagerRuntime(model, tgt_len=tgt_len, memory=memory, config=config, head=request.head, origin=str(request.checkpoint))
+        parity = compare(reference, runtime, random_segments(config, tgt_len=tgt_len, batch_size=request.batch_size or BATCH_SIZE))
         if not parity.passed:
             raise ValidationError(
                 f"The exported model computes something else than {request.checkpoint}: {parity.reason}. Nothing was written.",
@@ -162,7 +180,7 @@ def _record(spec: TensorSpec) -> manifests.TensorRecord:
 
 
 @contextlib.contextmanager
-def _folder_beside(out: Path, *, overwrite: bool) -> Iterator[Path]:
+def folder_beside(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a new folder that becomes `out` if the body ends without an error, and vanishes otherwise."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -1,4 +1,4 @@
-"""`InferenceStep` as an ONNX graph of opset 18, through torch.export, with named inputs and outputs and a free batch axis.
+"""A step of fixed lengths as an ONNX graph of opset 18, through torch.export, with named inputs and outputs and a free batch axis.
 
 The graph is checked against its signature here, before anything is written. Whether it computes the right numbers is parity's question.
 """
@@ -17,8 +17,7 @@ import torch
 from txl_deploy.signature import BATCH, Signature, TensorSpec, step_signature
 from txl_train.errors import EnvironmentUnfitError, ValidationError
 from txl_train.model.adaptive import cluster_rows
-from txl_train.model.inference import InferenceStep
-from txl_train.model.memory import empty_memory
+from txl_train.model.inference import FixedStep, InferenceStep
 
 if TYPE_CHECKING:
     import onnx
@@ -33,7 +32,7 @@ _EXAMPLE_BATCH = 3
 """Sizes of 0 and 1 are specialised by the exporter, and equal sizes are taken for the same axis."""
 
 
-def export_onnx(step: InferenceStep, directory: Path, metadata: dict[str, str]) -> list[str]:
+def export_onnx(step: FixedStep, directory: Path, metadata: dict[str, str], *, batch_size: int | None = None) -> list[str]:
     """Write `model.onnx` (and `model.onnx_data` for large weights) into `directory`; return the names of the files.
 
     The same step and metadata give the same bytes.
@@ -41,6 +40,7 @@ def export_onnx(step: InferenceStep, directory: Path, metadata: dict[str, str]) 
     Args:
         step: in evaluation mode.
         metadata: strings stored in the file under `txl.{key}`.
+        batch_size: a fixed number of streams; None leaves that axis free.
 
     Raises:
         EnvironmentUnfitError: onnx or onnxscript is not installed.
@@ -51,7 +51,9 @@ def export_onnx(step: InferenceStep, directory: Path, metadata: dict[str, str]) 
         import onnxscript  # noqa: F401  # torch.onnx needs it
     except ImportError as error:
         raise EnvironmentUnfitError(f"{error.name} is not installed.", remedy="Install it with `pip install 'txl[onnx]'`.") from error
-    signature = step_signature(step.config, tgt_len=step.tgt_len, memory=step.memory)
+    signature = step_signature(
+        step.config, tgt_len=step.tgt_len, memory=step.memory, head=step.head_kind, memory_dtype=step.memory_dtype_name, batch=batch_size
+    )
     model = _to_graph(step, signature)
     _strip(model)
     for key, value in sorted(metadata.items()):
@@ -69,27 +71,29 @@ def export_onnx(step: InferenceStep, directory: Path, metadata: dict[str, str]) 
     return [FILE_NAME, DATA_FILE_NAME] if external else [FILE_NAME]
 
 
-def _to_graph(step: InferenceStep, signature: Signature) -> onnx.ModelProto:
-    memory = empty_memory(step.config, step.memory, _EXAMPLE_BATCH)
-    ids_BT = _example_ids(step)
-    input_ids_BQ = torch.cat([ids_BT.new_zeros(_EXAMPLE_BATCH, step.ext_len), ids_BT], dim=1)
-    rows = cluster_rows(ids_BT.reshape(-1), step.head.cluster_ends)
-    batch = torch.export.Dim(BATCH)
-    shapes = (
-        {0: batch},
-        {0: batch},
-        [{0: torch.export.Dim(f"target_rows_{i}")} for i in range(1, len(rows) + 1)],
-        {0: batch},
-        [{0: batch} for _ in memory.states],
-    )
+def _to_graph(step: FixedStep, signature: Signature) -> onnx.ModelProto:
+    streams = signature.inputs[0].axes[0]
+    B = streams if isinstance(streams, int) else _EXAMPLE_BATCH
+    memory = step.initial_memory(B)
+    ids_BT = _example_ids(step, B)
+    input_ids_BQ = torch.cat([ids_BT.new_zeros(B, step.ext_len), ids_BT], dim=1)
+    batch: dict[int, Any] = {} if isinstance(streams, int) else {0: torch.export.Dim(BATCH)}
+    arguments: list[Any] = [input_ids_BQ]
+    shapes: list[Any] = [batch]
+    if isinstance(step, InferenceStep):
+        rows = cluster_rows(ids_BT.reshape(-1), step.head.cluster_ends)
+        arguments += [ids_BT, rows]
+        shapes += [batch, [{0: torch.export.Dim(f"target_rows_{i}")} for i in range(1, len(rows) + 1)]]
+    arguments += [memory.length_B, memory.states]
+    shapes += [batch, [batch for _ in memory.states]]
     with warnings.catch_warnings(), _quiet_exporter(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter about itself: deprecated internals, names shared by equal axes
         program: Any = torch.onnx.export(
             step,
-            (input_ids_BQ, ids_BT, rows, memory.length_B, memory.states),
+            tuple(arguments),
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=shapes,
+            dynamic_shapes=tuple(shapes),
             input_names=[spec.name for spec in signature.inputs],
             output_names=[spec.name for spec in signature.outputs],
             external_data=False,
@@ -112,17 +116,17 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _example_ids(step: InferenceStep) -> torch.Tensor:
+def _example_ids(step: FixedStep, B: int) -> torch.Tensor:
     """Return ids [B, T] with targets in every cluster, in different numbers of 2 or more where there is room."""
     ends = step.head.cluster_ends
-    n_token = _EXAMPLE_BATCH * step.tgt_len
+    n_token = B * step.tgt_len
     ids = torch.zeros(n_token, dtype=torch.int64)
     place = 0
     for i, low in enumerate(ends[1:-1]):
         count = min(i + 2, max(n_token - place, 0))
         ids[place : place + count] = low
         place += count
-    return ids.view(_EXAMPLE_BATCH, step.tgt_len)
+    return ids.view(B, step.tgt_len)
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -1,4 +1,4 @@
-"""`InferenceStep` as a TorchScript module in `model.pt`, which runs without the toolkit's Python code."""
+"""A step of fixed lengths as a TorchScript module in `model.pt`, which runs without the toolkit's Python code."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from txl_train.model.inference import InferenceStep
+from txl_train.model.inference import FixedStep
 
 FILE_NAME = "model.pt"
 
 
-def export_torchscript(step: InferenceStep, directory: Path) -> list[str]:
+def export_torchscript(step: FixedStep, directory: Path) -> list[str]:
     """Script `step`, which must be in evaluation mode, write it into `directory` and return the names of the files."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated in 2.13 and works; torch.export is the ONNX path

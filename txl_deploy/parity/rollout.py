@@ -135,6 +135,7 @@ def compare(
         raise UsageError(f"There is no bound on the differences of {candidate.info.dtype} yet, so nothing could be judged.")
     batch_size = segments[0].input_ids_BT.shape[0]
     sessions = (Session(reference, batch_size), Session(candidate, batch_size))
+    scores_targets = candidate.info.head == "nll"
     parts: list[SegmentParity] = []
     sums = np.zeros(2)
     n_tokens = 0
@@ -142,8 +143,9 @@ def compare(
     for number, segment in enumerate(segments):
         resets = streams_to_reset(number, batch_size, len(segments))
         nll = [_step(session, segment, resets) for session in sessions]
-        delta_BT = np.where(segment.counted_BT, nll[1] - nll[0], 0.0)
-        count = int(segment.counted_BT.sum())
+        counted_BT = segment.counted_BT if scores_targets else np.ones_like(nll[0], dtype=bool)
+        delta_BT = np.where(counted_BT, nll[1] - nll[0], 0.0)
+        count = int(counted_BT.sum())
         magnitude_BT = np.where(np.isfinite(delta_BT), np.abs(delta_BT), np.inf)
         stream, position = np.unravel_index(int(magnitude_BT.argmax()), magnitude_BT.shape)
         if magnitude_BT[stream, position] > worst:
@@ -159,7 +161,7 @@ def compare(
                 reset_streams=resets,
             )
         )
-        sums += [float(values[segment.counted_BT].sum()) for values in nll]
+        sums += [float(values[counted_BT].sum()) for values in nll]
         n_tokens += count
         if on_step is not None:
             on_step(number + 1)
@@ -189,10 +191,15 @@ def compare(
 
 
 def _step(session: Session, segment: Segment, resets: list[int]) -> np.ndarray:
+    """Return the nll of the targets [B, T], or of every word as the next one [B, V] where that is what the head knows."""
     if resets:
         session.reset(resets)
-    device = session.runtime.info.device
-    nll_BT = session.step(torch.from_numpy(segment.input_ids_BT).to(device), torch.from_numpy(segment.target_ids_BT).to(device))
+    info = session.runtime.info
+    input_ids_BQ = torch.from_numpy(segment.input_ids_BT).to(info.device)
+    if info.head != "nll":
+        scores_BV = session.next_token(input_ids_BQ).to("cpu", torch.float64)
+        return (scores_BV.logsumexp(dim=1, keepdim=True) - scores_BV if info.head == "logits" else -scores_BV).numpy()
+    nll_BT = session.step(input_ids_BQ, torch.from_numpy(segment.target_ids_BT).to(info.device))
     return nll_BT.to("cpu", torch.float64).numpy()
 
 
@@ -206,7 +213,8 @@ def _memory_error(reference: Session, candidate: Session) -> float:
     error = 0.0
     for a, b in zip(ours.states, theirs.states):
         if a.numel():
-            difference = (a.cpu() - b.cpu()).abs().max() / a.abs().max().cpu().clamp(min=1e-12)
+            a, b = a.float().cpu(), b.float().cpu()
+            difference = (a - b).abs().max() / a.abs().max().clamp(min=1e-12)
             error = max(error, float(difference)) if math.isfinite(float(difference)) else math.inf
     return error
 
@@ -242,6 +250,7 @@ def _check_same_lengths(reference: Runtime, candidate: Runtime) -> None:
             ("clamp_len", ours.config.clamp_len, theirs.config.clamp_len),
             ("same_length", ours.config.max_distance, theirs.config.max_distance),
             ("vocab_size", ours.config.vocab_size, theirs.config.vocab_size),
+            ("head", ours.head, theirs.head),
         )
         if a != b
     ]

@@ -21,4 +21,5 @@ TOLERANCES = {
     # Sums of some thousand products in another order: a few 1e-6 on logits of magnitude 10, without a trend over 10 segments
     # (measured); ten times that per token, while the mean, where rounding cancels, has to stay below 1e-5.
     "fp32": Tolerance(token_nll=1e-4, mean_nll=1e-5, memory=1e-4),
+    "fp16": Tolerance(token_nll=5e-2, mean_nll=5e-3, memory=2e-2),
 }

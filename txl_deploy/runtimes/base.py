@@ -1,40 +1,59 @@
 """What every runtime promises, and what it says of itself. Evaluation, parity and benchmarks know nothing else of it."""
 
-# Shape suffixes: B batch, T tgt_len, Q ext_len + tgt_len
+# Shape suffixes: B batch, T tgt_len, Q ext_len + tgt_len, V vocabulary
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from txl_train.config import MemoryKind, ModelConfig
+from txl_train.config import HeadKind, MemoryKind, ModelConfig
 from txl_train.errors import UsageError
 from txl_train.evaluate import Stepper
 from txl_train.model.memory import Memory, state_count, state_shape
+
+TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
+"""PyTorch's type for what `--dtype` calls so."""
 
 
 class ShapeRangeError(UsageError):
     """A runtime was given tensors of a shape that it was not made for."""
 
 
+class HeadError(UsageError):
+    """A runtime was asked for what its head does not compute."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RuntimeInfo:
-    """What runs: the provider as the runtime itself reports it, the rest as the artifact's manifest says."""
+    """What runs: what the runtime itself reports of it, the rest as the artifact's manifest says."""
 
     name: str
-    """pytorch, torchscript or onnx."""
+    """One of `registry.RUNTIME_NAMES`."""
     provider: str
-    """What computes within it, such as `eager` or `CPUExecutionProvider`."""
+    """What computes within it, such as `eager` or `CPUExecutionProvider`, as read back."""
     device: str
     """`cpu` or `cuda:0`."""
     dtype: str
-    """Type of weights and matrix products: fp32."""
+    """Type of weights and matrix products as stored: fp32 or fp16."""
+    compute: str = ""
+    """Type that products are really computed in, as far as the runtime tells: ONNX Runtime computes fp16 in fp32 on a CPU."""
     memory: MemoryKind
     """What its memory holds."""
+    memory_dtype: str = "fp32"
+    """Type of the states: fp32 or fp16."""
+    head: HeadKind = "nll"
+    """What a step yields: `nll` for `step`, `logits` or `log_probs` for `next_token`."""
     tgt_len: int
     """Tokens per stream and step."""
+    max_batch: int | None = None
+    """Streams at most; None means any number."""
+    min_batch: int = 1
+    """Streams at least."""
     config: ModelConfig
     """The model with the lengths in force."""
     origin: str = ""
@@ -43,11 +62,20 @@ class RuntimeInfo:
     """Checksum of the artifact's manifest; None for a checkpoint."""
     checkpoint_sha256: str | None = None
     """Checksum of the checkpoint that the weights come from."""
+    readback: Mapping[str, Any] = field(default_factory=dict)
+    """What the runtime was found to do, as plain values: nodes per provider, layers per precision."""
 
     @property
     def mem_len(self) -> int:
         """Past positions kept per layer, in tokens."""
         return self.config.mem_len
+
+
+class ScoresOutput(NamedTuple):
+    """What a step of generation yields: float32 scores [B, V] of every word as the next one, and the memory for the next step."""
+
+    scores_BV: Tensor
+    memory: Memory
 
 
 class Runtime(Stepper, Protocol):
@@ -62,20 +90,30 @@ class Runtime(Stepper, Protocol):
         """What this is."""
         ...
 
+    def next_token(self, input_ids_BQ: Tensor, memory: Memory) -> ScoresOutput:
+        """Run one segment and score every word as the next one. Raises `HeadError` for a runtime whose head is `nll`, as `step` does
+        for the other ones."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until all work that `step` has started is done."""
         ...
 
 
-def check_shapes(info: RuntimeInfo, input_ids_BQ: Tensor, target_ids_BT: Tensor, memory: Memory) -> None:
+def check_shapes(info: RuntimeInfo, tokens: Mapping[str, Tensor], memory: Memory) -> None:
     """Refuse tensors that the runtime was not made for, before they reach native code.
+
+    Args:
+        tokens: `input_ids` [B, ext_len + T] and, where the head scores them, `target_ids` [B, T].
 
     Raises:
         ShapeRangeError: naming the tensor, both shapes and the command that makes a runtime for it.
     """
+    input_ids_BQ = tokens["input_ids"]
     B = input_ids_BQ.shape[0] if input_ids_BQ.dim() else 0
     ext_len = info.config.ext_len
-    for name, tensor, before in (("input_ids", input_ids_BQ, ext_len), ("target_ids", target_ids_BT, 0)):
+    for name, tensor in tokens.items():
+        before = ext_len if name == "input_ids" else 0
         expected = info.tgt_len + before
         if tuple(tensor.shape) != (B, expected) or B < 1:
             length = tensor.shape[-1] - before if tensor.dim() else 1
@@ -84,6 +122,11 @@ def check_shapes(info: RuntimeInfo, input_ids_BQ: Tensor, target_ids_BT: Tensor,
                 f"`{name}` of this {info.name} runtime must have shape [batch_size, {expected}], but has {list(tensor.shape)} instead.",
                 remedy=f"Give segments of {info.tgt_len} tokens{context}, or export again with `--tgt-len {max(length, 1)}`.",
             )
+    if info.min_batch > B or (info.max_batch is not None and info.max_batch < B):
+        raise ShapeRangeError(
+            f"`batch_size` must be within {info.min_batch}..{info.max_batch} for this {info.name} runtime, but is {B} instead.",
+            remedy=f"Give fewer or more streams, or export again with a `--batch-range` that holds {B}.",
+        )
     if memory.length_B.shape[0] != B:
         raise ShapeRangeError(f"The memory is of {memory.length_B.shape[0]} streams, but the tokens are of {B}.")
     expected_state, expected_count = state_shape(info.config, info.memory, B), state_count(info.config, info.memory)
@@ -92,5 +135,11 @@ def check_shapes(info: RuntimeInfo, input_ids_BQ: Tensor, target_ids_BT: Tensor,
         raise ShapeRangeError(
             f"The memory of this {info.name} runtime must be {expected_count} tensors of shape {list(expected_state)}, "
             f"but is {len(memory.states)} of shape {found} instead.",
+            remedy="Begin with the runtime's own `initial_memory`.",
+        )
+    wanted = TORCH_TYPES[info.memory_dtype]
+    if memory.states and memory.states[0].dtype != wanted:
+        raise ShapeRangeError(
+            f"The memory of this {info.name} runtime must be of {wanted}, but is of {memory.states[0].dtype} instead.",
             remedy="Begin with the runtime's own `initial_memory`.",
         )

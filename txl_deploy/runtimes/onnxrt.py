@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from txl_deploy.runtimes.base import RuntimeInfo, check_shapes
+from txl_deploy.runtimes.base import TORCH_TYPES, RuntimeInfo
+from txl_deploy.runtimes.graph import GraphRuntime
 from txl_deploy.signature import TensorSpec, step_signature
 from txl_train.errors import ArtifactError, EnvironmentUnfitError
-from txl_train.evaluate import StepOutput
-from txl_train.model.adaptive import cluster_rows
-from txl_train.model.memory import Memory, empty_memory, state_count, state_shape
+from txl_train.model.memory import Memory, state_count, state_shape
 
 _INSTALL = "Install it with `pip install 'txl[onnx]'` (or `'txl[onnx-gpu]'` on a GPU)."
-_ELEMENTS: dict[torch.dtype, Any] = {torch.int64: np.int64, torch.float32: np.float32}
-_ONNX_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)"}
+_ELEMENTS: dict[torch.dtype, Any] = {torch.int64: np.int64, torch.float32: np.float32, torch.float16: np.float16}
+_ONNX_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "float16": "tensor(float16)"}
 
 
 def has_cuda() -> bool:
@@ -39,7 +38,7 @@ def has_cuda() -> bool:
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
-class OnnxRuntime:
+class OnnxRuntime(GraphRuntime):
     """One session of onnxruntime and its bindings."""
 
     def __init__(self, path: Path, info: RuntimeInfo, *, threads: int | None = None) -> None:
@@ -76,10 +75,13 @@ class OnnxRuntime:
             raise EnvironmentUnfitError(
                 f"ONNX Runtime fell back to {provider} instead of {wanted}.", remedy="Run `txl doctor` to see what is missing."
             )
-        self._info = dataclasses.replace(info, provider=provider)
-        self._signature = step_signature(info.config, tgt_len=info.tgt_len, memory=info.memory)
+        super().__init__(dataclasses.replace(info, provider=provider, compute=info.dtype if on_gpu else "fp32"))
+        fixed = info.max_batch if info.max_batch == info.min_batch else None
+        self._signature = step_signature(
+            info.config, tgt_len=info.tgt_len, memory=info.memory, head=info.head, memory_dtype=info.memory_dtype, batch=fixed
+        )
+        self._result_len = info.tgt_len if info.head == "nll" else info.config.vocab_size
         self._check_graph(path)
-        self._cluster_ends = list(info.config.cluster_ends)
         self._device = torch.device(info.device)
         self._binding = self._session.io_binding()
         self._somewhere = torch.zeros(1, device=self._device)
@@ -94,32 +96,23 @@ class OnnxRuntime:
                     f"The graph in {path} has other inputs or outputs than its manifest says.", remedy="Export it again with `txl export`."
                 )
 
-    @property
-    def info(self) -> RuntimeInfo:
-        """What this is."""
-        return self._info
-
-    def initial_memory(self, batch_size: int) -> Memory:
-        """Return the memory of `batch_size` streams at a cold start."""
-        return empty_memory(self._info.config, self._info.memory, batch_size, device=self._device)
-
-    def step(self, input_ids_BT: Tensor, target_ids_BT: Tensor, memory: Memory) -> StepOutput:
-        """Score one segment."""
-        check_shapes(self._info, input_ids_BT, target_ids_BT, memory)
-        rows = cluster_rows(target_ids_BT.reshape(-1), self._cluster_ends)
-        inputs = [tensor.contiguous() for tensor in (input_ids_BT, target_ids_BT, *rows, memory.length_B, *memory.states)]
-        nll_BT = torch.empty(target_ids_BT.shape, device=self._device)
+    def run(self, input_ids_BQ: Tensor, target_ids_BT: Tensor | None, rows: list[Tensor], memory: Memory) -> tuple[Tensor, Memory]:
+        """Bind everything where it lies, and run the graph."""
+        targets = [] if target_ids_BT is None else [target_ids_BT, *rows]
+        inputs = [tensor.contiguous() for tensor in (input_ids_BQ, *targets, memory.length_B, *memory.states)]
+        B = input_ids_BQ.shape[0]
+        result = torch.empty((B, self._result_len), device=self._device)
         length_B = torch.empty_like(memory.length_B)
         states = self._take_buffers(memory)
         self._bind(self._binding.bind_input, self._signature.inputs, inputs)
-        self._bind(self._binding.bind_output, self._signature.outputs, [nll_BT, length_B, *states])
+        self._bind(self._binding.bind_output, self._signature.outputs, [result, length_B, *states])
         self.synchronize()
         self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
         if memory.states[0] in self._ours:
             self._spare[states[0]] = memory.states
         self._ours[states[0]] = True
-        return StepOutput(nll_BT, Memory(states, length_B))
+        return result, Memory(states, length_B)
 
     def _take_buffers(self, memory: Memory) -> list[Tensor]:
         """Return tensors for the new states: those that the memory before `memory` lay in, if this runtime made them, or new ones."""
@@ -127,15 +120,10 @@ class OnnxRuntime:
         if spare is not None and spare[0].shape == memory.states[0].shape:
             return spare
         info = self._info
-        shape = state_shape(info.config, info.memory, memory.length_B.shape[0])
-        return [torch.empty(shape, device=self._device) for _ in range(state_count(info.config, info.memory))]
+        shape, dtype = state_shape(info.config, info.memory, memory.length_B.shape[0]), TORCH_TYPES[info.memory_dtype]
+        return [torch.empty(shape, dtype=dtype, device=self._device) for _ in range(state_count(info.config, info.memory))]
 
     def _bind(self, bind: Callable[..., None], specs: tuple[TensorSpec, ...], tensors: list[Tensor]) -> None:
         for spec, tensor in zip(specs, tensors, strict=True):
             address = tensor.data_ptr() or self._somewhere.data_ptr()  # an empty tensor lies nowhere, which onnxruntime refuses
             bind(spec.name, self._device.type, self._device.index or 0, _ELEMENTS[tensor.dtype], tuple(tensor.shape), address)
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from txl_deploy import manifest as manifests
 from txl_deploy.manifest import Manifest
 from txl_deploy.runtimes.base import Runtime, RuntimeInfo
-from txl_train.config import MemoryKind, ModelConfig, SameLengthRule, model_config_from_dict
+from txl_train.config import HeadKind, MemoryKind, ModelConfig, SameLengthRule, model_config_from_dict
 from txl_train.device import resolve_device as device_named
 from txl_train.errors import ManifestError
 from txl_train.files import file_sha256
@@ -71,6 +71,10 @@ def open_artifact(directory: Path, *, device: str = "cpu", threads: int | None =
         device=resolve_device(device, [manifest.format]),
         dtype=manifest.settings.dtype,
         memory=manifest.settings.memory,
+        memory_dtype=manifest.settings.memory_dtype,
+        head=manifest.settings.head,
+        min_batch=manifest.batch.min,
+        max_batch=manifest.batch.max,
         tgt_len=manifest.settings.tgt_len,
         config=artifact_config(manifest),
         origin=str(directory),
@@ -101,10 +105,12 @@ def eager_from_checkpoint(
     clamp_len: int | None = None,
     same_length: bool | None = None,
     same_length_rule: SameLengthRule | None = None,
+    dtype: str = "fp32",
+    head: HeadKind = "nll",
     device: str = "cpu",
     threads: int | None = None,
 ) -> tuple[EagerRuntime, Checkpoint]:
-    """Open a checkpoint in eager PyTorch, FP32, with other lengths where they are given: the reference of every comparison."""
+    """Open a checkpoint in eager PyTorch with other lengths where they are given: in FP32 the reference of every comparison."""
     from txl_deploy.runtimes.eager import EagerRuntime
     from txl_train.checkpoint import load_model
     from txl_train.model.inference import with_lengths
@@ -127,6 +133,8 @@ def eager_from_checkpoint(
         tgt_len=checkpoint.eval_tgt_len if tgt_len is None else tgt_len,
         memory=memory or best_memory_kind(config),
         config=config,
+        dtype=dtype,
+        head=head,
         origin=str(path),
         checkpoint_sha256=checkpoint.sha256,
     )

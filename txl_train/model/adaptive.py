@@ -83,7 +83,7 @@ class AdaptiveEmbedding(nn.Module):
             x = torch.where((input_ids >= self.ends[i]).unsqueeze(-1), self._read(tables, projections, i, input_ids), x)
         if self.has_projections and self.one_width:
             x = F.linear(x, projections[0])
-        return x.mul(self.scale)
+        return x.float().mul(self.scale)  # float32 from here on: see `DecoderLayer`
 
     def _read(self, tables: list[Tensor], projections: list[Tensor], i: int, input_ids: Tensor) -> Tensor:
         low, high = self.ends[i], self.ends[i + 1]
@@ -135,7 +135,8 @@ class AdaptiveLogSoftmax(nn.Module):
         return F.linear(self.project(hidden_ND, cluster), weights[0][low:high], biases[0][low:high]).float()
 
     def project(self, hidden_ND: Tensor, cluster: int) -> Tensor:
-        """[N, D] -> [N, W]: the size of the cluster's embeddings."""
+        """[N, D] -> [N, W]: the size of the cluster's embeddings, in the type of the weights."""
+        hidden_ND = hidden_ND.to(self.cluster_weight.dtype)
         if not self.has_projections:
             return hidden_ND
         projections: list[Tensor] = []
@@ -179,12 +180,21 @@ class AdaptiveLogSoftmax(nn.Module):
 
     def log_probs(self, hidden_ND: Tensor) -> Tensor:
         """Return log p of every word, nats, float32 [N, V]."""
-        head_N = torch.cat([self.logits(hidden_ND, 0), self.cluster_logits(hidden_ND)], dim=1).log_softmax(dim=1)
+        head_NV = self.logits(hidden_ND, 0)
+        if self.n_cluster == 0:
+            return head_NV - log_sum_exp(head_NV)[:, None]
+        head_NV = torch.cat([head_NV, self.cluster_logits(hidden_ND)], dim=1)
+        head_NV = head_NV - log_sum_exp(head_NV)[:, None]
         shortlist = self.cluster_ends[1]
-        parts = [head_N[:, :shortlist]]
+        parts = [head_NV[:, :shortlist]]
         for i in range(1, self.n_cluster + 1):
-            parts.append(head_N[:, shortlist + i - 1, None] + self.logits(hidden_ND, i).log_softmax(dim=1))
+            within_NV = self.logits(hidden_ND, i)
+            parts.append(head_NV[:, shortlist + i - 1, None] + (within_NV - log_sum_exp(within_NV)[:, None]))
         return torch.cat(parts, dim=1)
+
+    def next_token_logits(self, hidden_ND: Tensor) -> Tensor:
+        """Return float32 [N, V] whose softmax is the distribution: the scores of a plain softmax, log p of an adaptive one."""
+        return self.logits(hidden_ND, 0) if self.n_cluster == 0 else self.log_probs(hidden_ND)
 
     def cut(self, config: ModelConfig, embedding: AdaptiveEmbedding | None) -> AdaptiveLogSoftmax:
         """Return the same softmax with one table per cluster; where tied, the tables are those of the cut `embedding`."""

@@ -74,7 +74,7 @@ class Attention(nn.Module):
     def project_memory(self, memory_BMD: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [B, H, M, E] of remembered hidden states."""
         width = self.n_head * self.d_head
-        keys, values = torch.chunk(F.linear(memory_BMD, self.qkv.weight[width:]), 2, dim=-1)
+        keys, values = torch.chunk(F.linear(memory_BMD.to(self.qkv.weight.dtype), self.qkv.weight[width:]), 2, dim=-1)
         return self.split_heads(keys), self.split_heads(values)
 
     def forward(
@@ -86,9 +86,9 @@ class Attention(nn.Module):
         visible_B1QK: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the attention's output [B, Q, D] and the keys and values [B, H, K, E] of memory and input together."""
-        query, key, value = torch.chunk(F.linear(x_BQD, self.qkv.weight), 3, dim=-1)
-        key_BHKE = torch.cat([memory_key_BHME, self.split_heads(key)], dim=2)
-        value_BHKE = torch.cat([memory_value_BHME, self.split_heads(value)], dim=2)
+        query, key, value = torch.chunk(F.linear(x_BQD.to(self.qkv.weight.dtype), self.qkv.weight), 3, dim=-1)
+        key_BHKE = torch.cat([memory_key_BHME.to(key.dtype), self.split_heads(key)], dim=2)
+        value_BHKE = torch.cat([memory_value_BHME.to(value.dtype), self.split_heads(value)], dim=2)
 
         scores_BHQK = self.scores(query, key_BHKE, position_term).float().masked_fill(~visible_B1QK, self.masked_score)
         weights_BHQK = self.drop_weights(torch.softmax(scores_BHQK, dim=-1).to(value_BHKE.dtype))

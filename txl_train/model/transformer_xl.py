@@ -36,12 +36,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        out_BTD: Tensor = self.drop_outer(self.outer(self.drop_inner(F.relu(self.inner(x_BTD)))))
+        out_BTD: Tensor = self.drop_outer(self.outer(self.drop_inner(F.relu(self.inner(x_BTD.to(self.inner.weight.dtype))))))
         return out_BTD
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each added to its input and normalised, after (as published) or before (`pre_lnorm`)."""
+    """Attention and feed-forward, each added to its input and normalised, after (as published) or before (`pre_lnorm`).
+
+    What runs from layer to layer, and is added to and normalised, has the type of the normalisation's weights (float32, also where the
+    matrices are float16); each product takes it in the type of its own weights.
+    """
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
@@ -57,7 +61,7 @@ class DecoderLayer(nn.Module):
         """Keys and values [B, H, M, E] of remembered inputs of this layer, which are kept before positions and normalisation."""
         if self.adds_positions:
             memory_BMD = memory_BMD + position_term[: memory_BMD.shape[1]]
-        normal_BMD: Tensor = self.attention_norm(memory_BMD) if self.pre_lnorm else memory_BMD
+        normal_BMD: Tensor = self.attention_norm(memory_BMD.to(self.attention_norm.weight.dtype)) if self.pre_lnorm else memory_BMD
         return self.attention.project_memory(normal_BMD)
 
     def forward(
@@ -110,8 +114,8 @@ class Decoder(nn.Module):
                 new_states.append(seen_BKD[:, tgt_len:][:, : states[i].shape[1]])
             x_BQD, key_BHKE, value_BHKE = layer(x_BQD, memory_key, memory_value, position_terms[i], visible_B1QK)
             if kv_memory:
-                new_states.append(key_BHKE[:, :, tgt_len:][:, :, : memory_key.shape[2]])
-                new_states.append(value_BHKE[:, :, tgt_len:][:, :, : memory_key.shape[2]])
+                new_states.append(key_BHKE[:, :, tgt_len:][:, :, : memory_key.shape[2]].to(memory_key.dtype))
+                new_states.append(value_BHKE[:, :, tgt_len:][:, :, : memory_key.shape[2]].to(memory_value.dtype))
         return x_BQD[:, ext_len:], new_states
 
 
