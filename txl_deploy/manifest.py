@@ -178,6 +178,8 @@ class Manifest:
     """Of fp16: the largest magnitude at each point against what fp16 holds (`export.audit`); None for fp32."""
 
     def __post_init__(self) -> None:
+        if (self.engine is not None) != (self.format in ("trt", "trt-rtx")):
+            raise ManifestError(f"`engine` must be there for engines and for nothing else, but `format` is {self.format}.")
         for name in self.files:
             _check_file_name(name)
         for where, value in (
@@ -206,7 +208,7 @@ class Finding:
 
     file: str
     """Path within the folder."""
-    problem: Literal["missing", "changed", "unreadable", "outside", "other checkpoint"]
+    problem: Literal["missing", "changed", "unreadable", "outside", "other checkpoint", "other parent"]
     message: str
 
 
@@ -235,7 +237,15 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises `ManifestError` if there is none, if a byte of its content was changed, or if it says what this version does not know.
     """
-    path = directory / FILE_NAME
+    return _read(directory, directory / FILE_NAME)
+
+
+def read_parent(directory: Path) -> Manifest:
+    """Return the manifest of the graph that the engine in `directory` was built from. Raises what `read_manifest` raises."""
+    return _read(directory, artifact_file(directory, PARENT_FILE))
+
+
+def _read(directory: Path, path: Path) -> Manifest:
     remedy = "Export the checkpoint again with `txl export`."
     try:
         text = path.read_text(encoding="utf-8")
@@ -245,7 +255,7 @@ def read_manifest(directory: Path) -> Manifest:
                 f"There is no folder {directory}.", remedy="Give the folder that `txl export --out` has written."
             ) from error
         raise ManifestError(
-            f"{directory} has no {FILE_NAME}, so it is no exported model.", remedy="Give the folder that `txl export --out` has written."
+            f"{directory} has no {path.name}, so it is no exported model.", remedy="Give the folder that `txl export --out` has written."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path} cannot be read: {error}.", remedy=remedy) from error
@@ -287,12 +297,27 @@ def artifact_file(directory: Path, name: str) -> Path:
     return path
 
 
-def verify(directory: Path, *, checkpoint: Path | None = None) -> list[Finding]:
-    """Recompute the checksums of an artifact, and of the checkpoint it should come from; an empty list means that all of it holds.
+def verify(directory: Path, *, checkpoint: Path | None = None, parent: Path | None = None) -> list[Finding]:
+    """Recompute the chain from an artifact to its checkpoint; an empty list means that all of it holds.
 
-    Raises `ManifestError` where the manifest itself cannot be trusted, and `OSError` where `checkpoint` cannot be read.
+    Args:
+        checkpoint: the file it should come from; None: only what is in the folder is looked at.
+        parent: the folder of the graph that an engine should come from, which is verified too.
+
+    Raises:
+        ManifestError: a manifest itself cannot be trusted.
+        OSError: `checkpoint` cannot be read.
     """
-    return _findings(directory, read_manifest(directory), checkpoint)
+    manifest = read_manifest(directory)
+    findings = _findings(directory, manifest, checkpoint)
+    if parent is not None:
+        expected = None if manifest.source.parent is None else manifest.source.parent.manifest_sha256
+        findings += [dataclasses.replace(finding, file=f"{parent}/{finding.file}") for finding in verify(parent, checkpoint=checkpoint)]
+        if expected is None:
+            findings.append(Finding(FILE_NAME, "other parent", "was made from the checkpoint itself and not from another artifact"))
+        elif file_sha256(parent / FILE_NAME) != expected:
+            findings.append(Finding(FILE_NAME, "other parent", f"was built from another graph than the one in {parent}"))
+    return findings
 
 
 def read_verified(directory: Path, *, checkpoint: Path | None = None) -> Manifest:
@@ -327,7 +352,29 @@ def _findings(directory: Path, manifest: Manifest, checkpoint: Path | None) -> l
         if actual != expected:
             message = f"was made from {manifest.source.checkpoint_name} with sha256 {expected[:12]}…, but {checkpoint} has {actual[:12]}…"
             findings.append(Finding(FILE_NAME, "other checkpoint", message))
+    if manifest.source.parent is not None and not any(finding.file == PARENT_FILE for finding in findings):
+        findings += _examine_parent(directory, manifest, manifest.source.parent)
     return findings
+
+
+def _examine_parent(directory: Path, manifest: Manifest, expected: Parent) -> list[Finding]:
+    """Compare an engine with the manifest of its graph that lies beside it."""
+    if PARENT_FILE not in manifest.files:
+        return [Finding(PARENT_FILE, "missing", "is not among the files, though the engine was built from a graph")]
+    if manifest.files[PARENT_FILE].sha256 != expected.manifest_sha256:
+        return [Finding(PARENT_FILE, "other parent", "is not the manifest of the graph that the engine was built from")]
+    parent = read_parent(directory)
+    differing = [
+        name
+        for name, ours, theirs in (
+            ("checkpoint", manifest.source.checkpoint_sha256, parent.source.checkpoint_sha256),
+            ("vocabulary", manifest.vocabulary_sha256, parent.vocabulary_sha256),
+            ("model", manifest.model, parent.model),
+            ("settings", manifest.settings, parent.settings),
+        )
+        if ours != theirs
+    ]
+    return [Finding(PARENT_FILE, "other parent", f"names another {name} than the engine's manifest") for name in differing]
 
 
 def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:

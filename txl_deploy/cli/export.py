@@ -57,7 +57,7 @@ TRT_FORMATS = ("trt", "trt-rtx")
 @click.option(
     "--target",
     metavar="NAME",
-    help="Of an engine: the GPU it is for, such as t4, v100, a100, h100; `txl doctor` lists them.  [default: this one]",
+    help="Of an engine: the GPU it is for, such as t4, v100 or h100; `txl doctor` lists them.  [default: this machine's]",
 )
 @click.option(
     "--kit", is_flag=True, help="Of an engine: write all that is needed to build it on the target, even where it could be built here."
@@ -72,7 +72,7 @@ TRT_FORMATS = ("trt", "trt-rtx")
     "--keep-onnx",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Of an engine from a checkpoint: keep the ONNX graph it was built from.",
+    help="Of an engine from a checkpoint: keep the ONNX it is built from.",
 )
 @dataset_options
 @click.option("--overwrite", is_flag=True, help="Replace an exported model that is there already.")

@@ -188,9 +188,17 @@ def _lines(document: dict[str, Any], indent: str = "") -> Iterator[str]:
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             yield f"{indent}{key}:"
             for item in value:
-                yield f"{indent}  {item['name']}  {item['dtype']}  [{', '.join(map(str, item['axes']))}]"
+                yield f"{indent}  {_row(item)}"
         else:
             yield f"{indent}{key:<{width}}  {_plain(value)}"
+
+
+def _row(item: dict[str, Any]) -> str:
+    """Return a tensor, or anything else with a few values by name, as one line."""
+    if {"name", "dtype", "axes"} <= item.keys():
+        return f"{item['name']}  {item['dtype']}  [{', '.join(map(str, item['axes']))}]"
+    values = [f"{key} {value}" for key, value in item.items() if key != "name"]
+    return "  ".join([str(item.get("name", "")), *values]).strip()
 
 
 def _plain(value: object) -> str:
