@@ -1,6 +1,7 @@
 # Each target does all of its own set-up in $(VENV): `make demo` and `make test` work in a fresh clone.
 #   make PYTHON=python3.12 test    another interpreter, 3.10 to 3.13
 #   make JOBS=8 test               so many processes of tests side by side, each on one thread
+#   make GPU=v100 build            the Docker image for a V100, rather than for current GPUs
 #   make CONSTRAINTS= test         the newest versions that setup.cfg allows rather than the tested ones
 # Without a GPU, PyTorch's small CPU build is enough:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
@@ -11,23 +12,33 @@ CONSTRAINTS ?= constraints.txt
 DEMO_DIR ?= demo-run
 PYTEST_ARGS ?=
 JOBS ?= 2
+DOCKER ?= docker
+GPU ?= modern
+IMAGE ?= txl:$(GPU)
 
 BIN := $(VENV)/bin
 PACKAGING := setup.cfg pyproject.toml $(CONSTRAINTS)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint type coverage bench install clean
+.PHONY: help demo test test-fast lint type coverage bench build interactive install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## train, evaluate, export, check, measure and report on a small built-in corpus, in a few minutes
 	@PATH="$(abspath $(BIN)):$$PATH" benchmarks/demo.sh "$(DEMO_DIR)"
 
 bench: $(VENV)/.installed ## measure the newest demo's models long enough for a sound p99; runs the demo first where there is none
 	@PATH="$(abspath $(BIN)):$$PATH" benchmarks/bench.sh "$(DEMO_DIR)"
+
+build: ## build the Docker image for current GPUs; GPU=v100 builds the one for a V100
+	$(DOCKER) build --file docker/$(GPU).Dockerfile --tag $(IMAGE) .
+
+interactive: ## open a shell in that image with all GPUs, and this folder as /workspace
+	$(DOCKER) run --gpus all --init --interactive --tty --rm --network host --ipc host \
+		--user "$$(id -u):$$(id -g)" --env HOME=/tmp --volume "$(CURDIR):/workspace" $(IMAGE) bash
 
 test: lint type ## lint, types and the whole test suite
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)

@@ -29,6 +29,8 @@ from running import ROOT, child_environment, device_slug, txl_command
 
 PARTS = ("tests", "training", "inference")
 STEP_TIMEOUT_S = 580
+ENVIRONMENT_UNFIT = 3
+"""Exit code of a command that this machine cannot run."""
 
 
 @dataclass
@@ -60,6 +62,29 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Export:
+    """One exported model of the plan."""
+
+    format: str
+    memory: str
+    dtype: str
+    package: str
+    """What it needs."""
+    of_onnx: bool = False
+    """Built from the ONNX graph of the same memory and type, exported before, for every GPU that the builder supports."""
+
+    @property
+    def name(self) -> str:
+        """What its steps call it."""
+        return f"{self.format}, {self.memory} memory, {self.dtype}"
+
+    @property
+    def folder(self) -> str:
+        """Where it is written."""
+        return f"{self.format}-{self.memory}-{self.dtype}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Sizes of a run."""
 
@@ -72,11 +97,12 @@ class Plan:
     """The first one makes the checkpoint that is exported."""
     tolerance_nats: float
     """How far the mean loss of the last fifth of a training may lie from that of the training it follows."""
-    exports: tuple[tuple[str, str, str], ...]
-    """Format, memory, and the package it needs."""
+    exports: tuple[Export, ...]
     lengths: list[str]
     """Options that choose the lengths of inference."""
     bench: list[str]
+    compiled: list[str]
+    """Options of `txl bench` for the compiled step, which takes a minute or more for each batch size; empty leaves it out."""
 
 
 BASE = Plan(
@@ -96,9 +122,21 @@ BASE = Plan(
         Training("fp16, larger batch", ("--dtype", "fp16"), 64, 60),
     ),
     tolerance_nats=0.05,
-    exports=(("torchscript", "hidden", "torch"), ("torchscript", "kv", "torch"), ("onnx", "kv", "onnxruntime")),
+    exports=(
+        Export("torchscript", "hidden", "fp32", "torch"),
+        *(
+            export
+            for dtype in ("fp32", "fp16")
+            for export in (
+                Export("torchscript", "kv", dtype, "torch"),
+                Export("onnx", "kv", dtype, "onnxruntime"),
+                Export("trt-rtx", "kv", dtype, "tensorrt_rtx", of_onnx=True),
+            )
+        ),
+    ),
     lengths=["--tgt-len", "64", "--mem-len", "640", "--clamp-len", "400", "--same-length"],
     bench=["--batch-sizes", "1..32", "--duration", "3"],
+    compiled=["--batch-sizes", "1,32", "--duration", "3"],
 )
 QUICK = Plan(
     device="cpu",
@@ -128,9 +166,15 @@ QUICK = Plan(
         Training("fp32, two devices", ("--dtype", "fp32"), 8, 60, processes=2, follows="fp32"),
     ),
     tolerance_nats=0.02,
-    exports=(("torchscript", "hidden", "torch"), ("onnx", "kv", "onnxruntime")),
+    exports=(
+        Export("torchscript", "hidden", "fp32", "torch"),
+        Export("onnx", "kv", "fp32", "onnxruntime"),
+        Export("torchscript", "kv", "fp16", "torch"),
+        Export("trt-rtx", "kv", "fp32", "tensorrt_rtx", of_onnx=True),
+    ),
     lengths=["--tgt-len", "16", "--mem-len", "24"],
     bench=["--batch-sizes", "1,2", "--duration", "0.2", "--min-samples", "5", "--max-duration", "1"],
+    compiled=[],
 )
 
 
@@ -223,9 +267,10 @@ class Suite:
             result = None
         if finished.returncode == 0:
             return self._keep(Step(name, "done", "", command, seconds, result))
+        status = "skipped" if finished.returncode == ENVIRONMENT_UNFIT else "failed"
         errors = [line for line in finished.stderr.splitlines() if line.strip()]
         reason = next((line for line in errors if line.startswith("Error:")), errors[-1] if errors else "")
-        return self._keep(Step(name, "failed", f"exit code {finished.returncode}: {reason}", command, seconds, result))
+        return self._keep(Step(name, status, f"exit code {finished.returncode}: {reason}", command, seconds, result))
 
     def run_tests(self) -> None:
         """Run the tests that are marked as needing a GPU."""
@@ -314,28 +359,40 @@ class Suite:
 
     def run_inference(self) -> None:
         """Export the first training's checkpoint, prove the exports and measure them."""
-        plan, work, artifacts = self.plan, self.work, list[str]()
+        plan, work = self.plan, self.work
         checkpoint = work / plan.trainings[0].name / "checkpoint_best.pt"
-        for format_name, memory, package in plan.exports:
-            out = work / f"{format_name}-{memory}"
-            source = ["--checkpoint", str(checkpoint)]
-            self.run(
-                f"export {format_name}, {memory} memory",
-                ["export", *source, "--format", format_name, "--memory", memory, *plan.lengths, "--out", str(out), "--json"],
-                requires=package,
-                needs=checkpoint,
-            )
+        source = ["--checkpoint", str(checkpoint)]
+        artifacts: dict[str, list[str]] = {}
+        for export in plan.exports:
+            out = work / export.folder
+            names = f"export {export.name}", f"parity {export.name} on {plan.device}"
+            if export.of_onnx and plan.device == "cpu":
+                for name in names:
+                    self._keep(Step(name, "skipped", "engines run on a GPU alone"))
+                continue
+            self.run(names[0], self.export_command(export, source, out), requires=export.package, needs=checkpoint)
             compared = ["parity", *source, "--artifact", str(out), "--device", plan.device, "--json"]
-            step = self.run(f"parity {format_name}, {memory} memory on {plan.device}", compared, requires=package, needs=out)
-            if step.status == "done":
-                artifacts += ["--artifact", str(out)]
-        self.run(
-            "latency table",
-            ["bench", "--checkpoint", str(checkpoint), *artifacts, *plan.lengths, "--device", plan.device, *plan.bench, "--json"],
-            needs=checkpoint,
+            if self.run(names[1], compared, requires=export.package, needs=out / "manifest.json").status == "done":
+                artifacts.setdefault(export.dtype, []).extend(["--artifact", str(out)])
+        for dtype in ("fp32", "fp16"):
+            bench = ["bench", *source, "--dtype", dtype, *plan.lengths, "--device", plan.device, "--json"]
+            self.run(f"latency table, {dtype}", [*bench, *artifacts.get(dtype, []), *plan.bench], needs=checkpoint)
+            name = f"latency table of the compiled step, {dtype}"
+            if plan.compiled:
+                self.run(name, [*bench, "--runtimes", "compiled", *plan.compiled], needs=checkpoint)
+            else:
+                self._keep(Step(name, "skipped", "compiling takes longer than --quick"))
+        self._keep(
+            Step("engines of tensorrt", "skipped", "not on this machine's index: `txl export --format trt` builds them on their GPU")
         )
-        for name in ("tensorrt", "tensorrt_rtx"):
-            self._keep(Step(f"engines of {name}", "skipped", "this version of txl builds no TensorRT engines"))
+
+    def export_command(self, export: Export, source: list[str], out: Path) -> list[str]:
+        """Return the command that writes one exported model."""
+        options = ["--format", export.format, "--out", str(out), "--json"]
+        if export.of_onnx:
+            graph = self.work / Export("onnx", export.memory, export.dtype, "").folder
+            return ["export", "--artifact", str(graph), "--target", "portable", *options]
+        return ["export", *source, "--memory", export.memory, "--dtype", export.dtype, *self.plan.lengths, *options]
 
 
 def summary_lines(steps: list[Step]) -> Iterator[str]:
@@ -372,13 +429,15 @@ def summary_lines(steps: list[Step]) -> Iterator[str]:
         yield "|---|---:|---:|---:|"
         for step in compared:
             yield f"| {step.name} | {step.result['difference']:+.4f} | {step.result['tolerance']} | {step.result['learned']:.3f} |"
-    rows: list[dict[str, Any]] = next((step.result["rows"] for step in steps if step.name == "latency table" and step.result), [])
+    rows: list[dict[str, Any]] = [
+        row for step in steps if step.name.startswith("latency table") and step.result for row in step.result["rows"]
+    ]
     if rows:
         yield ""
-        yield "| runtime | memory | batch size | n | p50 ms | p99 ms | tokens/s | perplexity | verified |"
-        yield "|---|---|---:|---:|---:|---:|---:|---:|---|"
+        yield "| runtime | dtype | memory | batch size | n | p50 ms | p99 ms | tokens/s | perplexity | verified |"
+        yield "|---|---|---|---:|---:|---:|---:|---:|---:|---|"
         for row in rows:
-            name = f"{row['runtime']} ({row['provider']}) | {row['memory']}"
+            name = f"{row['runtime']} ({row['provider']}) | {row['dtype']} | {row['memory']}"
             latency = f"{row['n']} | {row['latency_ms_p50']:.3f} | {row['latency_ms_p99']:.3f}"
             yield f"| {name} | {row['batch_size']} | {latency} | {row['tokens_per_s']:,.0f} | {row['perplexity']:.3f} | {row['verified']} |"
 

@@ -25,7 +25,7 @@ def test_the_suite_runs_on_a_cpu_and_records_every_step(tmp_path: Path) -> None:
     text = next(tmp_path.glob("gpu_suite_cpu_quick_*.json")).read_text()
     steps = {step["name"]: step for step in json.loads(text)["steps"]}
     status = {name: step["status"] for name, step in steps.items()}
-    assert status["train fp32, batch 8"] == status["parity onnx, kv memory on cpu"] == status["latency table"] == "done"
+    assert status["train fp32, batch 8"] == status["parity onnx, kv memory, fp32 on cpu"] == status["latency table, fp32"] == "done"
     assert all(step["reason"] for step in steps.values() if step["status"] == "skipped")
 
     for name in ("fp32", "bf16", "fp32, two devices"):
@@ -41,11 +41,17 @@ def test_the_suite_runs_on_a_cpu_and_records_every_step(tmp_path: Path) -> None:
         compared = steps[f"{name} follows fp32"]["result"]
         assert abs(compared["difference"]) <= compared["tolerance"] < compared["learned"]
 
-    rows = steps["latency table"]["result"]["rows"]
-    assert {(row["runtime"], row["memory"]) for row in rows} == {("pytorch", "kv"), ("torchscript", "hidden"), ("onnx", "kv")}
-    assert all(row["verified"] for row in rows)
+    for dtype, expected in (
+        ("fp32", {("pytorch", "fp32", "kv"), ("torchscript", "fp32", "hidden"), ("onnx", "fp32", "kv")}),
+        ("fp16", {("pytorch", "fp32", "kv"), ("pytorch", "fp16", "kv"), ("torchscript", "fp16", "kv")}),
+    ):
+        rows = steps[f"latency table, {dtype}"]["result"]["rows"]
+        assert {(row["runtime"], row["dtype"], row["memory"]) for row in rows} == expected
+        assert all(row["verified"] for row in rows)
+    for skipped in ("export trt-rtx, kv memory, fp32", "latency table of the compiled step, fp16", "engines of tensorrt"):
+        assert status[skipped] == "skipped"
     table = next(tmp_path.glob("*.md")).read_text()
-    assert "| latency table | done |" in table
+    assert "| latency table, fp32 | done |" in table
     assert "| bf16 follows fp32 | " in table
     assert all(folder not in text + table for folder in (str(BENCHMARKS.parent), "/txl-gpu-suite-"))
 
@@ -101,4 +107,41 @@ def test_what_needs_more_devices_than_there_are_is_skipped_with_the_reason(monke
     assert [(step.status, step.reason) for step in suite.steps] == [
         ("skipped", "this machine has 1 GPU"),
         ("skipped", "one of the two was not trained"),
+    ]
+
+
+def test_the_plan_for_a_gpu_runs_the_base_model_in_both_types_and_every_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_suite
+
+    kinds = {(export.format, export.dtype) for export in gpu_suite.BASE.exports}
+    assert kinds == {(name, dtype) for name in ("torchscript", "onnx", "trt-rtx") for dtype in ("fp32", "fp16")}
+    suite = gpu_suite.Suite(gpu_suite.BASE, tmp_path, n_devices=1)
+    commands: list[list[str]] = []
+
+    def note(name: str, command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return gpu_suite.Step(name, "done")
+
+    monkeypatch.setattr(suite, "run", note)
+    suite.run_inference()
+    engines = [command for command in commands if command[0] == "export" and "trt-rtx" in command]
+    assert all(command[command.index("--target") + 1] == "portable" for command in engines)
+    assert [Path(command[command.index("--artifact") + 1]).name for command in engines] == ["onnx-kv-fp32", "onnx-kv-fp16"]
+    compiled = [command for command in commands if "compiled" in command]
+    assert [command[command.index("--dtype") + 1] for command in compiled] == ["fp32", "fp16"]
+    tables = [command for command in commands if command[0] == "bench" and "compiled" not in command]
+    assert [command.count("--artifact") for command in tables] == [4, 3]
+
+
+def test_what_this_machine_cannot_run_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_suite
+
+    suite = gpu_suite.Suite(gpu_suite.BASE, tmp_path, n_devices=1)
+    script = "import sys; print('Error: there is no GPU', file=sys.stderr); sys.exit(int(sys.argv[1]))"
+    monkeypatch.setattr(gpu_suite, "txl_command", lambda arguments, processes: [sys.executable, "-c", script, *arguments])
+    assert [(step.status, step.reason) for step in (suite.run("unfit", ["3"]), suite.run("broken", ["1"]))] == [
+        ("skipped", "exit code 3: Error: there is no GPU"),
+        ("failed", "exit code 1: Error: there is no GPU"),
     ]

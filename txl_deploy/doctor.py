@@ -1,7 +1,8 @@
-"""What works on this machine, and the one command that mends each thing that does not.
+"""What works on this machine, for which GPUs it can build engines, and the one command that mends each thing that does not.
 
 A package is looked up in the installed packages' metadata first and then imported in a process of its own, so neither a missing, a broken
-nor a crashing one stops the diagnosis. Which commands of `txl` need what is known here; what the machine is, in `bench.environment`.
+nor a crashing one stops the diagnosis. Which commands of `txl` need what is known here; what the machine is, in `bench.environment`;
+which versions go together, in `compat`, without which the rest of the diagnosis still works.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from txl_deploy.bench.environment import describe_environment
+from txl_deploy.trt.cuda import Gpu, devices
+from txl_train.errors import TxlError
+
+if TYPE_CHECKING:
+    from txl_deploy.compat import Machine, Stack, Target
 
 Status = Literal["ok", "missing", "broken", "warning"]
 
@@ -116,12 +123,57 @@ class Ability:
 
 
 @dataclass(frozen=True)
+class StackCheck:
+    """Versions that go together for a target, and what keeps this machine from building or running its engines with them."""
+
+    name: str
+    builder: str
+    """TensorRT or TensorRT-RTX with its version."""
+    versions: dict[str, str]
+    """What goes with it: torch, onnxruntime-gpu, python, driver, CUDA."""
+    install: str
+    """The command that installs all of it."""
+    build_problems: list[str]
+    """Each a cause and a remedy; empty if engines can be built here."""
+    run_problems: list[str]
+    """The same for running them."""
+
+
+@dataclass(frozen=True)
+class TargetCheck:
+    """Whether this machine can build an engine for a GPU."""
+
+    name: str
+    compute_capability: str
+    gpus: list[str]
+    is_here: bool
+    """This machine's GPU is such a one."""
+    builds: bool
+    """An engine can be built here; a kit can be written always."""
+    stack: str
+    """The stack to build with, here or with a kit."""
+    builder: str
+    """Its TensorRT or TensorRT-RTX, with the version."""
+    why_not: str | None = None
+    """Why not here."""
+    remedy: str | None = None
+    """The command after which it can; None where no command helps."""
+    stacks: list[StackCheck] = field(default_factory=list)
+    """Best first."""
+    notes: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    """Each a fact and where it was read."""
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """All that the doctor found."""
 
     environment: dict[str, Any]
     checks: list[Check]
     abilities: list[Ability]
+    targets: list[TargetCheck] = field(default_factory=list)
+    """Empty where the table of targets cannot be read."""
 
     @property
     def is_fit(self) -> bool:
@@ -132,11 +184,39 @@ class Diagnosis:
 def examine(folder: Path | None = None) -> Diagnosis:
     """Look at this machine; `folder` is where results are to be written (the current one). Takes a few seconds, raises nothing."""
     environment = describe_environment()
-    packages = {package.module: examine_package(package) for package in PACKAGES}
-    packages["torch"] = _judge_torch(packages["torch"], environment["gpus"])
-    packages["onnxruntime"] = _judge_onnxruntime(packages["onnxruntime"], environment["gpus"])
-    checks = [_examine_python(), *packages.values(), _examine_disk(folder or Path.cwd())]
-    return Diagnosis(environment, checks, _abilities(packages, bool(environment["gpus"])))
+    gpus = devices()
+    packages = examine_packages(PACKAGES)
+    target, stack = _target_here(gpus)
+    listed = environment["gpus"] or [{"name": gpu.name, "driver": gpu.driver or "unknown"} for gpu in gpus]
+    packages["torch"] = _judge_torch(packages["torch"], listed)
+    packages["onnxruntime"] = _judge_onnxruntime(packages["onnxruntime"], listed, stack)
+    packages["tensorrt"] = _judge_tensorrt(packages["tensorrt"], target, stack)
+    targets, unreadable = _examine_targets(packages, gpus)
+    gpu = _examine_gpu(gpus, environment["gpus"], target, stack)
+    checks = [_examine_python(), gpu, *packages.values(), _examine_disk(folder or Path.cwd())]
+    if unreadable is not None:
+        checks.append(unreadable)
+    return Diagnosis(environment, checks, _abilities(packages, bool(listed), targets), targets)
+
+
+def examine_target(name: str) -> TargetCheck:
+    """Look at what building for the target `name` needs, and nothing else. Takes a second or two.
+
+    Raises `UsageError` for an unknown name.
+    """
+    from txl_deploy import compat
+
+    wanted = compat.target(name)
+    builders = {stack.builder for stack in wanted.stacks}
+    packages = examine_packages(package for package in PACKAGES if package.module in builders)
+    return _examine_target(wanted, compat.this_machine(), packages)
+
+
+def examine_packages(packages: Iterable[Package]) -> dict[str, Check]:
+    """Examine packages side by side and return what was found by their import names, in the same order."""
+    chosen = list(packages)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return {package.module: check for package, check in zip(chosen, pool.map(examine_package, chosen))}
 
 
 def examine_package(package: Package) -> Check:
@@ -262,10 +342,19 @@ def _judge_torch(check: Check, gpus: list[dict[str, str]]) -> Check:
                 check.name,
                 "warning",
                 found,
-                "pip install 'torch==2.10.0'" if capability == "sm_70" else f"pip install --upgrade '{requirement('torch')}'",
+                _torch_for(capability),
                 check.facts,
             )
     return Check(check.name, "ok", f"{found}, {', '.join(seen)}", facts=check.facts)
+
+
+def _torch_for(capability: str) -> str:
+    """Return the command that installs a PyTorch with code for a GPU such as sm_70: the one its target names, else the newest."""
+    number = int(capability.rpartition("_")[2])
+    for target in _all_targets():
+        if target.compute_capability == f"{number // 10}.{number % 10}":
+            return f"pip install 'torch=={target.stacks[0].torch}'"
+    return f"pip install --upgrade '{requirement('torch')}'"
 
 
 def _runs_on(capability: str, architectures: list[str]) -> bool:
@@ -279,10 +368,12 @@ def _runs_on(capability: str, architectures: list[str]) -> bool:
     return False
 
 
-def _judge_onnxruntime(check: Check, gpus: list[dict[str, str]]) -> Check:
+def _judge_onnxruntime(check: Check, gpus: list[dict[str, str]], stack: Stack | None = None) -> Check:
     """Add what only shows from outside: two distributions in one folder, or a GPU without the provider for it."""
     package = next(package for package in PACKAGES if package.module == "onnxruntime")
     wanted = requirement("onnxruntime-gpu" if gpus else "onnxruntime")
+    if gpus and stack is not None:
+        wanted = f"onnxruntime-gpu=={stack.onnxruntime}"
     if len(installed_distributions(package)) > 1:
         remedy = f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install '{wanted}'"
         return Check(
@@ -301,6 +392,129 @@ def _judge_onnxruntime(check: Check, gpus: list[dict[str, str]]) -> Check:
         remedy = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
         return Check(check.name, "warning", f"{found}, but CUDA or cuDNN cannot be loaded", remedy, check.facts)
     return Check(check.name, "ok", found, facts=check.facts)
+
+
+def _judge_tensorrt(check: Check, target: Target | None, stack: Stack | None) -> Check:
+    """Add whether the installed TensorRT is one that goes with this machine's GPU."""
+    if target is None or stack is None or check.status == "broken":
+        return check
+    if check.status == "missing":
+        return replace(check, remedy=stack.pip_install)
+    if str(check.facts.get("version")) in {other.builder_version for other in target.stacks if other.builder == "tensorrt"}:
+        return check
+    found = f"{check.found}, which is not the one for this GPU: {stack.builder_name}"
+    return replace(check, status="warning", found=found, remedy=stack.pip_install)
+
+
+def _examine_gpu(gpus: list[Gpu], listed: list[dict[str, str]], target: Target | None, stack: Stack | None) -> Check:
+    """Say which GPU this is, for engines too, and whether its driver is one that goes with the rest."""
+    if not gpus:
+        if listed:
+            found = f"nvidia-smi lists {listed[0]['name']}, but CUDA finds no GPU"
+            remedy = "Unset CUDA_VISIBLE_DEVICES; in a container, start that with --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility."
+            return Check("gpu", "broken", found, remedy)
+        return Check("gpu", "missing", "no NVIDIA GPU with a working driver")
+    first = gpus[0]
+    facts = {"gpus": [vars(gpu) for gpu in gpus], "target": None if target is None else target.name}
+    kind = "no known target" if target is None else f"target {target.name}"
+    found = f"{first.name}, compute capability {first.compute_capability} ({kind}), driver {first.driver}, CUDA {first.cuda}"
+    if len(gpus) > 1:
+        found += f", and {len(gpus) - 1} more"
+    if stack is None:
+        return Check("gpu", "ok", found, facts=facts)
+    from txl_deploy import compat
+
+    alone = compat.Machine(python=sys.version_info[:2], gpus=tuple(gpus), packages={})
+    wrong = next((problem for problem in compat.problems(stack, alone, "run") if problem.kind == "driver"), None)
+    if wrong is None:
+        return Check("gpu", "ok", found, facts=facts)
+    return Check("gpu", "warning", f"{found}; for {stack.builder_name}, {wrong.cause}", wrong.remedy, facts)
+
+
+def _target_here(gpus: list[Gpu]) -> tuple[Target | None, Stack | None]:
+    """Return the target that the first GPU is, and the stack of full TensorRT that goes with its driver."""
+    if not gpus or not _all_targets():
+        return None, None
+    from txl_deploy import compat
+
+    target = compat.target_of(gpus[0])
+    if target is None:
+        return None, None
+    alone = compat.Machine(python=sys.version_info[:2], gpus=tuple(gpus), packages={})
+    full = [stack for stack in target.stacks if stack.builder == "tensorrt"]
+    fitting = (stack for stack in full if all(problem.kind != "driver" for problem in compat.problems(stack, alone, "run")))
+    return target, next(fitting, full[0] if full else None)
+
+
+def _all_targets() -> list[Target]:
+    """Return every target; none where their table cannot be read, which `_examine_targets` reports."""
+    try:
+        from txl_deploy import compat
+
+        return list(compat.targets().values())
+    except (ImportError, TxlError):
+        return []
+
+
+def _examine_targets(packages: Mapping[str, Check], gpus: list[Gpu]) -> tuple[list[TargetCheck], Check | None]:
+    """Examine every target; where their table cannot be read, say why instead."""
+    try:
+        from txl_deploy import compat
+
+        machine = replace(compat.this_machine(), gpus=tuple(gpus))
+        return [_examine_target(target, machine, packages) for target in compat.targets().values()], None
+    except ImportError as error:
+        return [], Check("targets", "broken", f"the table of targets cannot be read: {error}", install_command("yaml"))
+    except TxlError as error:
+        return [], Check("targets", "broken", error.message, error.remedy)
+
+
+def _examine_target(target: Target, machine: Machine, packages: Mapping[str, Check]) -> TargetCheck:
+    from txl_deploy import compat
+
+    unusable = [name for name in ("tensorrt", "tensorrt_rtx") if name in packages and packages[name].status in ("missing", "broken")]
+    without = {stack.package for stack in target.stacks if stack.builder in unusable}
+    usable = replace(machine, packages={name: version for name, version in machine.packages.items() if name not in without})
+    plan = compat.plan(target, usable)
+    remedy = None
+    if not plan.here:
+        remedy = plan.hint or (plan.problems[0].remedy if len(plan.problems) == 1 else None)
+        broken = packages.get("tensorrt_rtx") if plan.hint is not None else packages.get(plan.stack.builder)
+        if remedy is not None and broken is not None and broken.status == "broken":
+            remedy = broken.remedy
+    stacks = [
+        StackCheck(
+            name=stack.name,
+            builder=stack.builder_name,
+            versions={
+                "torch": stack.torch,
+                "onnxruntime-gpu": f"{stack.onnxruntime} (Python {stack.onnxruntime_python} or newer)",
+                "python": " to ".join(stack.python),
+                "driver": f"{stack.driver[0]} or newer" if stack.driver[1] is None else f"{stack.driver[0]} to {stack.driver[1]}",
+                "cuda": f"{stack.cuda}.x",
+            },
+            install=" ".join(("pip install", *stack.pip_options, *stack.pins)),
+            build_problems=[str(problem) for problem in compat.problems(stack, usable)],
+            run_problems=[str(problem) for problem in compat.problems(stack, usable, "run")],
+        )
+        for stack in target.stacks
+    ]
+    here = compat.target_of(machine.gpus[0]) if machine.gpus else None
+    facts = [*target.sources, *(source for stack in target.stacks for source in stack.sources)]
+    return TargetCheck(
+        name=target.name,
+        compute_capability=target.compute_capability,
+        gpus=list(target.gpus),
+        is_here=here is not None and here.name == target.name,
+        builds=plan.here,
+        stack=plan.stack.name,
+        builder=plan.stack.builder_name,
+        why_not=plan.why_not,
+        remedy=remedy,
+        stacks=stacks,
+        notes=list(target.notes),
+        sources=list(dict.fromkeys(f"{source.fact}: {source.source}" for source in facts)),
+    )
 
 
 def _examine_python() -> Check:
@@ -323,7 +537,7 @@ def _examine_disk(folder: Path) -> Check:
     return Check("disk", "ok", f"{free:.1f} GiB free", facts=facts)
 
 
-def _abilities(packages: Mapping[str, Check], has_gpu: bool) -> list[Ability]:
+def _abilities(packages: Mapping[str, Check], has_gpu: bool, targets: Iterable[TargetCheck] = ()) -> list[Ability]:
     """Say for each use what it lacks: the first thing missing, with the command that mends it."""
     gpu = Check("GPU", "ok" if has_gpu else "missing", "no NVIDIA GPU with a working driver" if not has_gpu else "")
     torch_cuda = packages["torch"] if packages["torch"].status != "ok" else gpu
@@ -341,9 +555,29 @@ def _abilities(packages: Mapping[str, Check], has_gpu: bool) -> list[Ability]:
         "run ONNX on a GPU": (gpu, ort_cuda),
         "evaluate raw text": (packages["sacremoses"],),
         "pages and plots of reports": (packages["jinja2"], packages["matplotlib"]),
-        "build TensorRT engines from the ONNX, by hand": (tensorrt,),
     }
-    return [_ability(name, checks) for name, checks in needs.items()]
+    engines = list(targets)
+    return [*(_ability(name, checks) for name, checks in needs.items()), _running(engines, gpu, tensorrt), _building(engines, tensorrt)]
+
+
+def _running(targets: list[TargetCheck], gpu: Check, tensorrt: Check) -> Ability:
+    name = "run TensorRT engines"
+    here = next((target for target in targets if target.is_here), None)
+    if here is None:
+        return _ability(name, (gpu, tensorrt))
+    if any(not stack.run_problems for stack in here.stacks):
+        return Ability(name, True)
+    return Ability(name, False, f"{here.stacks[0].builder}: {here.stacks[0].run_problems[0]}")
+
+
+def _building(targets: list[TargetCheck], tensorrt: Check) -> Ability:
+    name = "build TensorRT engines"
+    able = [target.name for target in targets if target.builds]
+    if able:
+        return Ability(f"{name} for {', '.join(able)}", True)
+    if tensorrt.status != "ok":
+        return Ability(name, False, f"{tensorrt.name}: {tensorrt.found}", tensorrt.remedy)
+    return Ability(name, False, "for no target; kits can be written (`txl export --kit`)")
 
 
 def _ability(name: str, needs: tuple[Check, ...]) -> Ability:

@@ -14,9 +14,10 @@ from typing import Any, Literal, NoReturn, cast
 from txl_deploy import manifest as manifests
 from txl_deploy.corpora import ModelData
 from txl_deploy.export.artifact import VOCABULARY_FILE, ExportRequest, export_artifact
-from txl_deploy.runtimes.base import Runtime
+from txl_deploy.manifest import Dtype
+from txl_deploy.runtimes.base import HeadError, Runtime
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact, resolve_device
-from txl_train.config import MemoryKind, SameLengthRule
+from txl_train.config import HeadKind, MemoryKind, SameLengthRule
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import ManifestError, UsageError
 
@@ -56,19 +57,33 @@ def open_checkpoint(
     runtime: str,
     lengths: Lengths,
     memory: MemoryKind | None = None,
+    dtype: Dtype | None = None,
     device: str = "cpu",
     threads: int | None = None,
     keep: Path | None = None,
 ) -> Iterator[Opened]:
-    """Yield `path` in the runtime asked for; other runtimes than `pytorch` are exported first, to `keep` or into a temporary folder.
+    """Yield `path` in one of `registry.RUNTIME_NAMES`; torchscript and onnx are exported first, to `keep` or into a temporary folder.
+
+    Args:
+        dtype: of weights, products and states; None means fp32.
 
     Raises:
         UsageError: there is no such checkpoint, or something else is at `keep`.
         CheckpointError: it is damaged.
-        ValidationError: what was exported computes something else than the checkpoint.
+        ValidationError: what was exported computes something else than the checkpoint, or fp16 cannot hold it.
+        EnvironmentUnfitError: the runtime or what it compiles with is not installed, or the device is absent.
     """
-    if runtime == "pytorch":
-        eager, checkpoint = eager_from_checkpoint(path, memory=memory, device=device, threads=threads, **lengths.as_dict())
+    chosen: Dtype = dtype or "fp32"
+    if runtime in ("pytorch", "compiled"):
+        eager, checkpoint = eager_from_checkpoint(
+            path,
+            memory=memory,
+            dtype=chosen,
+            device=device,
+            threads=threads,
+            compiled=runtime == "compiled",
+            **lengths.as_dict(),
+        )
         data = ModelData(checkpoint.dataset, checkpoint.vocabulary, checkpoint.data_folder)
         yield Opened(eager, data, str(path), eager.of_length)
         return
@@ -77,7 +92,7 @@ def open_checkpoint(
 
         def export(out: Path, wanted: Lengths) -> Opened:
             form = cast(Literal["onnx", "torchscript"], runtime)
-            export_artifact(ExportRequest(checkpoint=path, out=out, format=form, memory=memory, **wanted.as_dict()))
+            export_artifact(ExportRequest(checkpoint=path, out=out, format=form, memory=memory, dtype=chosen, **wanted.as_dict()))
             return open_exported(out, device=device, threads=threads)
 
         @functools.cache
@@ -93,17 +108,24 @@ def open_exported(
     *,
     lengths: Lengths | None = None,
     memory: MemoryKind | None = None,
+    dtype: Dtype | None = None,
+    head: HeadKind | None = None,
     device: str = "cpu",
     threads: int | None = None,
 ) -> Opened:
-    """Open an artifact; lengths and a kind of memory other than those it was exported for are refused.
+    """Open an artifact; lengths, a kind of memory, a type and a head other than those it was exported for are refused.
 
     Raises:
-        UsageError: naming the lengths it has and the command that exports others.
+        UsageError: naming what it has and the command that exports others.
+        HeadError: it has another head.
         ManifestError: it is damaged.
+        ValidationError: it is not what it claims to be.
+        EnvironmentUnfitError: what runs it is not here.
     """
-    runtime = open_artifact(directory, device=device, threads=threads)
     manifest = manifests.read_manifest(directory)
+    _check_head(manifest, head, directory)
+    _check_dtype(manifest, dtype, directory)
+    runtime = open_artifact(directory, device=device, threads=threads)
     if lengths is not None:
         _check_lengths(runtime, lengths, memory, directory)
     vocabulary = Vocabulary.load(manifests.artifact_file(directory, VOCABULARY_FILE))
@@ -113,6 +135,32 @@ def open_exported(
         )
     data = ModelData(manifest.dataset, vocabulary, manifest.data)
     return Opened(runtime, data, str(directory), functools.partial(_refuse_other_length, directory, runtime.info.tgt_len))
+
+
+_YIELDS: dict[HeadKind, str] = {
+    "nll": "the nll of given targets",
+    "logits": "logits of the next token",
+    "log_probs": "log p of the next token",
+}
+
+
+def _check_head(manifest: manifests.Manifest, head: HeadKind | None, directory: Path) -> None:
+    """Refuse a head that does not compute what is needed, before anything is loaded."""
+    has = manifest.settings.head
+    if head is not None and has != head:
+        raise HeadError(
+            f"{directory} yields {_YIELDS[has]}, but this takes {_YIELDS[head]}.",
+            remedy=f"Export the checkpoint again with `--head {head.replace('_', '-')}`.",
+        )
+
+
+def _check_dtype(manifest: manifests.Manifest, dtype: Dtype | None, directory: Path) -> None:
+    has = manifest.settings.dtype
+    if dtype is not None and has != dtype:
+        raise UsageError(
+            f"{directory} was exported for `--dtype` {has}, but {dtype} was asked for: that is fixed in an exported model.",
+            remedy=f"Leave the option out, or export the checkpoint again with `--dtype {dtype}`.",
+        )
 
 
 def _check_lengths(runtime: Runtime, lengths: Lengths, memory: MemoryKind | None, directory: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from txl_deploy import claims
 from txl_deploy.bench.stats import LatencySummary
 from txl_deploy.corpora import ModelData, encode_manual, open_corpus
 from txl_deploy.opening import Opened
@@ -213,7 +214,11 @@ def describe(plan: Plan, result: EvalResult, percentiles: Sequence[float]) -> di
         "provider": info.provider,
         "device": info.device,
         "dtype": info.dtype,
+        "compute": info.compute or None,
         "memory": info.memory,
+        "memory_dtype": info.memory_dtype,
+        "head": info.head,
+        "readback": claims.summary(info),
         "batch_size": request.batch_size,
         "tgt_len": info.tgt_len,
         "mem_len": info.mem_len,

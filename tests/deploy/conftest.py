@@ -36,6 +36,34 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     return Exports(checkpoint, data, folder / "onnx", folder / "torchscript")
 
 
+@pytest.fixture(scope="session")
+def fp16_onnx(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the same checkpoint as an ONNX graph in fp16."""
+    out = tmp_path_factory.mktemp("fp16") / "onnx"
+    export_artifact(ExportRequest(checkpoint=exports.checkpoint, out=out, format="onnx", dtype="fp16", data=exports.data))
+    return out
+
+
+@pytest.fixture(scope="session")
+def logits_onnx(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the same checkpoint as an ONNX graph in fp32 that scores the next token, with a memory of hidden states."""
+    out = tmp_path_factory.mktemp("logits") / "onnx"
+    export_artifact(ExportRequest(checkpoint=exports.checkpoint, out=out, format="onnx", head="logits", memory="hidden"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def t4_engine(fp16_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an engine of TensorRT-RTX for a T4, which is built without a GPU; skip where that is not installed."""
+    pytest.importorskip("tensorrt_rtx")
+    from txl_deploy.trt.artifact import EngineRequest, export_engine
+    from txl_deploy.trt.profiles import parse_batch_range
+
+    out = tmp_path_factory.mktemp("t4") / "engine"
+    export_engine(EngineRequest(graph=fp16_onnx, checkpoint=None, out=out, batch=parse_batch_range("1,8,32"), target="t4", rtx_only=True))
+    return out
+
+
 @pytest.fixture(autouse=True)
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep token caches out of the home folder."""

@@ -23,7 +23,7 @@ import numpy as np
 
 from txl_deploy.bench.result import ArtifactName, Row
 from txl_deploy.bench.stats import STANDARD_PERCENTILES, LatencySummary
-from txl_deploy.parity.tolerances import TOLERANCES
+from txl_deploy.parity.tolerances import tolerance_for
 from txl_train.errors import UsageError
 from txl_train.metrics import perplexity
 
@@ -169,7 +169,9 @@ def verify(rows: Sequence[Row]) -> list[Row]:
 
 
 def _verified(row: Row, reference: Row | None) -> Row:
-    tolerance = TOLERANCES[row.dtype].mean_nll if row.dtype in TOLERANCES else None
+    nll = (reference or row).nll_nats_per_token
+    measured = tolerance_for(row.dtype, memory_dtype=row.memory_dtype)
+    tolerance = None if measured is None else measured.mean_bound(nll or 0.0)
     if row.nll_nats_per_token is None or row.perplexity is None:
         return dataclasses.replace(row, verified=False, tolerance=tolerance)
     if reference is None or tolerance is None or row.lengths != reference.lengths:
@@ -234,6 +236,7 @@ class _Lane:
             device=info.device,
             dtype=info.dtype,
             memory=info.memory,
+            memory_dtype=info.memory_dtype,
             batch_size=self.workload.batch_size,
             tgt_len=info.tgt_len,
             mem_len=info.mem_len,

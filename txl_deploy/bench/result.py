@@ -73,6 +73,8 @@ class Row:
     """None for a runtime that needs no export."""
     checkpoint_sha256: str | None = None
     """Of the checkpoint that the weights come from."""
+    memory_dtype: str = "fp32"
+    """Type of the states; older results, which do not say it, were all of fp32."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -84,13 +86,14 @@ class Row:
     def series(self) -> tuple[str, str, str, str, str]:
         """What rows of one table and one line of a plot have in common: all but the batch size."""
         artifact = f"{self.artifact.name} {self.artifact.manifest_sha256}" if self.artifact else ""
-        return (artifact, self.runtime, self.provider, self.dtype, self.memory)
+        return (artifact, self.runtime, self.provider, self.dtype, f"{self.memory} {self.memory_dtype}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as flat plain values for JSON."""
         row: dict[str, Any] = {name: getattr(self, name) for name in (*_TEXTS, *_COUNTS, "clamp_len", "same_length")}
         row |= self.latency.to_row()
         row |= {name: getattr(self, name) for name in ("tokens_per_s", *_MAYBE_NUMBERS, "is_reference", "verified", "checkpoint_sha256")}
+        row["memory_dtype"] = self.memory_dtype
         row["artifact"] = None if self.artifact is None else vars(self.artifact)
         row["notes"] = [*self.latency.notes, *self.notes]
         row["samples_ms"] = list(self.samples_ms)
@@ -111,6 +114,7 @@ class Row:
         plain |= {name: None if values[name] is None else _number(values[name]) for name in _MAYBE_NUMBERS}
         row = cls(
             **plain,
+            memory_dtype=_text(values.get("memory_dtype", "fp32")),
             clamp_len=None if values["clamp_len"] is None else _count(values["clamp_len"]),
             same_length=_truth(values["same_length"]),
             latency=latency,

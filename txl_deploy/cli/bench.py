@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -11,19 +12,30 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from txl_deploy.cli.lengths import length_options, memory_option
-from txl_deploy.cli.options import command_line, data_options, device_option, json_option, threads_option, verbosity_options
+from txl_deploy.cli.options import (
+    command_line,
+    data_options,
+    device_option,
+    dtype_option,
+    json_option,
+    threads_option,
+    verbosity_options,
+)
 from txl_deploy.cli.progress import progress
-from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError
+from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError, nearest
 
 if TYPE_CHECKING:
     from txl_deploy.bench.harness import BenchSettings, Contender
     from txl_deploy.bench.result import BenchResult, Row
     from txl_deploy.bench.workload import Workload
     from txl_deploy.corpora import ModelData
+    from txl_deploy.manifest import Dtype
     from txl_deploy.opening import Lengths
+    from txl_deploy.runtimes.base import RuntimeInfo
     from txl_train.config import MemoryKind
 
 PERCENT = 100
+RUNTIMES = ("pytorch", "compiled", "torchscript", "onnx")
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +56,12 @@ log = logging.getLogger(__name__)
     metavar="FILE",
     help="Measure this checkpoint in eager PyTorch, FP32, too, and check every row's perplexity against it.",
 )
+@click.option(
+    "--runtimes",
+    metavar="LIST",
+    help=f"What to run the checkpoint with, of {', '.join(RUNTIMES)}; the last two are exported on the way.  [default: pytorch]",
+)
+@dtype_option("of the checkpoint in --runtimes; what the rows are checked against is fp32 in any case.  [default: fp32]")
 @memory_option
 @data_options
 @click.option(
@@ -98,6 +116,8 @@ log = logging.getLogger(__name__)
 def command(
     artifacts: tuple[Path, ...],
     checkpoint: Path | None,
+    runtimes: str | None,
+    dtype: str | None,
     memory: str | None,
     dataset: str | None,
     data: Path | None,
@@ -119,7 +139,7 @@ def command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure exported models side by side on real text.
+    """Measure exported models, or a checkpoint in several runtimes, side by side on real text.
 
     All take turns on the same tokens, by one clock, from one cold start. Timed is a step with tokens and memory already on the device,
     until the device has finished. The perplexity of the timed steps is compared with the checkpoint's; a difference ends with 1.
@@ -131,6 +151,7 @@ def command(
     from txl_deploy.bench.stats import STANDARD_PERCENTILES, parse_percentiles
     from txl_deploy.bench.workload import Workload, parse_batch_sizes
     from txl_deploy.corpora import open_corpus
+    from txl_deploy.manifest import Dtype
     from txl_deploy.opening import Lengths
     from txl_train.config import MemoryKind
 
@@ -147,10 +168,24 @@ def command(
         raise UsageError(
             "There is nothing to measure.", remedy="Name an exported model with `--artifact DIR`, or a checkpoint with `--checkpoint FILE`."
         )
+    if checkpoint is None and (runtimes is not None or dtype is not None):
+        option = "--dtype" if runtimes is None else "--runtimes"
+        raise UsageError(
+            f"`{option}` is for a checkpoint: an exported model knows what runs it.", remedy="Add `--checkpoint FILE`, or leave it out."
+        )
+    names = _runtimes(runtimes)
     if out is not None:
         _check_writable(out)
     lengths = Lengths(tgt_len=tgt_len, mem_len=mem_len, ext_len=ext_len, clamp_len=clamp_len, same_length=same_length)
     groups, model_data = open_contenders(artifacts, checkpoint, lengths, cast(MemoryKind | None, memory), device=device, threads=threads)
+    stack = click.get_current_context().with_resource(contextlib.ExitStack())
+    if checkpoint is not None:
+        chosen = cast(Dtype, dtype or "fp32")
+        for group in groups:
+            leader = group[0].runtime.info
+            # eager in fp32 leads the group already
+            others = [_open(checkpoint, name, chosen, leader, threads, stack) for name in names if (name, chosen) != ("pytorch", "fp32")]
+            group[1:1] = others
     corpus = open_corpus(model_data, dataset=dataset, data=data)
     ids, spec_name = corpus.ids(split), corpus.spec.name
     plan = [
@@ -182,12 +217,41 @@ def command(
     _fail_if_unverified(result.failed)
 
 
+def _runtimes(names: str | None) -> list[str]:
+    """Return the names in a list such as `pytorch,compiled`, each once. Raises UsageError for one that there is not."""
+    found = list(dict.fromkeys(name.strip() for name in (names or "pytorch").split(",")))
+    for name in found:
+        if name not in RUNTIMES:
+            raise UsageError(f"`{name}` is no runtime of a checkpoint.{nearest(name, RUNTIMES)}", remedy=f"There is {', '.join(RUNTIMES)}.")
+    return found
+
+
+def _open(checkpoint: Path, runtime: str, dtype: Dtype, leader: RuntimeInfo, threads: int | None, stack: contextlib.ExitStack) -> Contender:
+    """Open the checkpoint in another runtime or type, for the lengths of the reference that leads its group."""
+    from txl_deploy.bench.harness import Contender
+    from txl_deploy.opening import Lengths, open_checkpoint
+
+    config = leader.config
+    lengths = Lengths(
+        tgt_len=leader.tgt_len,
+        mem_len=config.mem_len,
+        ext_len=config.ext_len,
+        clamp_len=config.clamp_len or -1,
+        same_length=config.same_length,
+        same_length_rule=config.same_length_rule,
+    )
+    opened = open_checkpoint(
+        checkpoint, runtime=runtime, lengths=lengths, memory=leader.memory, dtype=dtype, device=leader.device, threads=threads
+    )
+    return Contender(stack.enter_context(opened).runtime)
+
+
 def open_contenders(
     artifacts: Sequence[Path], checkpoint: Path | None, lengths: Lengths, memory: MemoryKind | None, *, device: str, threads: int | None
 ) -> tuple[list[list[Contender]], ModelData]:
     """Open what is to be measured, in groups of equal lengths, each led by the reference if there is a checkpoint.
 
-    Raises UsageError for artifacts of different vocabularies, ArtifactError for one that was not made from the checkpoint.
+    Raises UsageError for artifacts of different vocabularies or another head, ArtifactError for one that was not made from the checkpoint.
     """
     from txl_deploy.bench.harness import Contender
     from txl_deploy.corpora import ModelData
@@ -197,7 +261,7 @@ def open_contenders(
     from txl_train.errors import ArtifactError
 
     device = resolve_device(device, [read_manifest(path).format for path in artifacts])  # one for all, so that no table mixes devices
-    opened = [open_exported(path, lengths=lengths, device=device, threads=threads) for path in artifacts]
+    opened = [open_exported(path, lengths=lengths, head="nll", device=device, threads=threads) for path in artifacts]
     for path, other in zip(artifacts, opened):
         if other.model_data.vocabulary.sha256 != opened[0].model_data.vocabulary.sha256:
             raise UsageError(

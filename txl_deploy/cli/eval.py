@@ -21,6 +21,7 @@ from txl_deploy.cli.options import (
     command_line,
     dataset_options,
     device_option,
+    dtype_option,
     echo_json,
     json_option,
     threads_option,
@@ -32,6 +33,7 @@ from txl_train.data.datasets import SPLITS
 from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError
 
 if TYPE_CHECKING:
+    from txl_deploy.manifest import Dtype
     from txl_deploy.opening import Lengths, Opened
     from txl_deploy.scoring import Plan, Request, Text
     from txl_train.config import MemoryKind
@@ -56,9 +58,11 @@ log = logging.getLogger(__name__)
 @click.option(
     "--runtime",
     "--type",
-    type=click.Choice(["pytorch", "torchscript", "onnx"]),
-    help="What to run a checkpoint with; torchscript and onnx are exported on the way.  [default: pytorch]",
+    type=click.Choice(["pytorch", "compiled", "torchscript", "onnx"]),
+    help="What to run a checkpoint with; compiled takes PyTorch's compiler, torchscript and onnx are exported on the way.  "
+    "[default: pytorch]",
 )
+@dtype_option("of a checkpoint; an exported model has its own.  [default: fp32]")
 @click.option(
     "--protocol",
     type=click.Choice(["exact", "nvidia-2019", "nvidia-2023"]),
@@ -131,7 +135,7 @@ log = logging.getLogger(__name__)
 @click.option("--debug", is_flag=True, help="Neither continue a log nor write samples.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write the JSON document to FILE.")
 @click.option("--cuda", is_flag=True, help="The same as --device cuda.")
-@click.option("--fp16", is_flag=True, help="Not possible yet: evaluation is in fp32.")
+@click.option("--fp16", is_flag=True, help="The same as --dtype fp16.")
 @device_option
 @threads_option
 @click.option("--log-all-ranks", is_flag=True, help="Let every process log, not only the first.")
@@ -144,6 +148,7 @@ def command(
     checkpoint: Path | None,
     artifact: Path | None,
     runtime: str | None,
+    dtype: str | None,
     protocol: str,
     memory: str | None,
     dataset: str | None,
@@ -188,8 +193,8 @@ def command(
 
     world = world_of()
     with first_alone_reports(world, everyone=log_all_ranks):
-        if fp16:
-            raise UsageError("`--fp16` is not possible yet: evaluation is in fp32.", remedy="Leave it out.")
+        if fp16 and dtype == "fp32":
+            raise UsageError("`--fp16` and `--dtype fp32` contradict each other.")
         if cuda and context.get_parameter_source("device") is click.core.ParameterSource.COMMANDLINE and device == "cpu":
             raise UsageError("`--cuda` and `--device cpu` contradict each other.")
         if local_rank is not None and local_rank != world.local_rank:
@@ -214,6 +219,7 @@ def command(
             source=source,
             lengths=lengths,
             memory=cast("MemoryKind | None", memory),
+            dtype=cast("Dtype | None", "fp16" if fp16 else dtype),
             device=_device("cuda" if cuda else device, source, world),
             threads=threads,
             request=request,
@@ -257,6 +263,7 @@ class _Job:
     source: _Source
     lengths: Lengths
     memory: MemoryKind | None
+    dtype: Dtype | None
     device: str
     threads: int | None
     request: Request
@@ -309,7 +316,7 @@ def _source(
     from txl_deploy.manifest import read_manifest
 
     if load_torchscript is not None:
-        if artifact is not None or runtime == "pytorch" or runtime == "onnx" or keep is not None:
+        if artifact is not None or runtime not in (None, "torchscript") or keep is not None:
             raise UsageError(
                 "`--load-torchscript` names what is to be run: give it with neither `--artifact`, `--runtime` nor another export."
             )
@@ -390,9 +397,9 @@ def _open(job: _Job, world: World, stack: contextlib.ExitStack) -> Opened:
     from txl_deploy.opening import open_checkpoint, open_exported
 
     source = job.source
-    options: dict[str, Any] = {"memory": job.memory, "device": job.device, "threads": job.threads}
+    options: dict[str, Any] = {"memory": job.memory, "dtype": job.dtype, "device": job.device, "threads": job.threads}
     if source.artifact is not None:
-        opened = open_exported(source.artifact, lengths=job.lengths, **options)
+        opened = open_exported(source.artifact, lengths=job.lengths, head="nll", **options)
         if source.checkpoint is not None:
             _check_made_from(source.checkpoint, opened)
         return opened

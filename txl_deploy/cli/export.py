@@ -119,7 +119,7 @@ def command(
 
     if fp16 and dtype == "fp32":
         raise UsageError("`--fp16` and `--dtype fp32` contradict each other.")
-    engine_only = {"--artifact": artifact, "--batch-range": batch_range, "--target": target, "--timing-cache": timing_cache}
+    engine_only: dict[str, Any] = {"--artifact": artifact, "--batch-range": batch_range, "--target": target, "--timing-cache": timing_cache}
     engine_only |= {"--keep-onnx": keep_onnx, "--kit": kit or None}
     if format_name not in TRT_FORMATS:
         given = [name for name, value in engine_only.items() if value is not None]

@@ -13,7 +13,9 @@ from txl_deploy.cli.progress import progress
 from txl_train.errors import ValidationError
 
 if TYPE_CHECKING:
+    from txl_deploy.parity.layers import Bisection
     from txl_deploy.parity.rollout import ParityResult
+    from txl_deploy.runtimes.base import RuntimeInfo
 
 
 @click.command("parity")
@@ -29,7 +31,15 @@ if TYPE_CHECKING:
     help="Segments to run.  [default: twice the receptive field, as far as the text goes]",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Streams; all but the first are reset once."
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Streams; all but the first are reset once.  [default: 3, or as near as the artifact takes]",
+)
+@click.option(
+    "--bisect",
+    is_flag=True,
+    help="Name the first layer, and the first tensor in it, that leaves the bound; where none does, show how the error grows. ONNX only.",
 )
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write the JSON document to FILE.")
 @device_option
@@ -43,7 +53,8 @@ def command(
     data: Path | None,
     split: str,
     segments: int | None,
-    batch_size: int,
+    batch_size: int | None,
+    bisect: bool,
     out: Path | None,
     device: str,
     threads: int | None,
@@ -51,10 +62,13 @@ def command(
 ) -> None:
     """Run checkpoint and exported model over the same text from a cold start, each on its own memory, and compare.
 
-    Each token's nll and every state of the memory must agree within the bounds for the artifact's precision.
+    The reference is FP32 in eager PyTorch, whatever the artifact's precision. Each token's nll, all of them together, their mean and every
+    state of the memory must agree within the bounds for that precision; of an artifact that scores the next token, each word's nll.
     """
     from txl_deploy.corpora import open_corpus
+    from txl_deploy.manifest import artifact_file
     from txl_deploy.opening import open_exported
+    from txl_deploy.parity import layers
     from txl_deploy.parity.rollout import compare, default_segments
     from txl_deploy.runtimes.registry import eager_from_checkpoint
     from txl_train.data.segments import SegmentIterator
@@ -64,6 +78,8 @@ def command(
         check_replaceable(out, b"{")
     opened = open_exported(artifact, device=device, threads=threads)
     info = opened.runtime.info
+    if bisect:
+        layers.check_can_bisect(opened.runtime)
     reference, loaded = eager_from_checkpoint(
         checkpoint,
         tgt_len=info.tgt_len,
@@ -73,6 +89,7 @@ def command(
         clamp_len=info.config.clamp_len or -1,
         same_length=info.config.same_length,
         same_length_rule=info.config.same_length_rule,
+        head=info.head,
         device="cpu",
         threads=threads,
     )
@@ -83,12 +100,19 @@ def command(
             remedy="Give the checkpoint it was made from, or export this one again.",
         )
     corpus = open_corpus(opened.model_data, dataset=dataset, data=data)
-    iterator = SegmentIterator(corpus.ids(split), batch_size=batch_size, tgt_len=info.tgt_len, ext_len=info.config.ext_len)
+    iterator = SegmentIterator(
+        corpus.ids(split), batch_size=batch_size or _batch_size(info), tgt_len=info.tgt_len, ext_len=info.config.ext_len
+    )
     chosen = list(itertools.islice(iterator, segments or default_segments(info.config, info.tgt_len)))
     with progress("comparing", len(chosen)) as advance:
         result = compare(reference, opened.runtime, chosen, on_step=advance)
+    found: Bisection | None = None
+    if bisect:
+        graph = artifact_file(artifact, "model.onnx")
+        found = layers.bisect(reference, opened.runtime, graph, chosen, layers.segment_to_examine(result))
     document = {
         **result.to_dict(),
+        "bisection": None if found is None else found.to_dict(),
         "artifact": str(artifact),
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": info.checkpoint_sha256,
@@ -96,6 +120,9 @@ def command(
         "runtime": info.name,
         "provider": info.provider,
         "dtype": info.dtype,
+        "compute": info.compute,
+        "memory_dtype": info.memory_dtype,
+        "head": info.head,
         "dataset": dataset or loaded.dataset,
         "split": split,
         "corpus_sha256": corpus.sha256(split),
@@ -106,8 +133,18 @@ def command(
         echo_json(document)
     else:
         _print(result)
+        if found is not None:
+            _print_bisection(found)
+        click.echo(f"{'PASSED' if result.passed else 'FAILED'}: {result.reason}")
     if not result.passed:
-        raise ValidationError(f"{artifact} does not compute what {checkpoint} does: {result.reason}.")
+        where = "" if found is None else f" In segment {found.segment}, {found.reason}."
+        remedy = "`txl parity --bisect` names the layer it begins in." if found is None and info.name == "onnx" else None
+        raise ValidationError(f"{artifact} does not compute what {checkpoint} does: {result.reason}.{where}", remedy=remedy)
+
+
+def _batch_size(info: RuntimeInfo) -> int:
+    """Return 3, or the number nearest to it that the artifact takes: more than one stream where it can be, so that the axis counts."""
+    return max(info.min_batch, min(3, info.max_batch or 3))
 
 
 def _print(result: ParityResult) -> None:
@@ -115,17 +152,41 @@ def _print(result: ParityResult) -> None:
     click.echo(f"candidate  {result.candidate}")
     field = result.receptive_field_segments
     reach = "" if result.n_segments >= 2 * field else "; the text is too short for twice that"
+    words = f", {result.n_compared:,} words' scores as the next one" if result.unit == "word" else ""
     click.echo(
-        f"{result.n_segments} segments of {result.batch_size} streams, {result.n_tokens:,} tokens (receptive field: {field} segments"
+        f"{result.n_segments} segments of {result.batch_size} streams, {result.n_tokens:,} tokens{words} (receptive field: {field} segments"
         f"{reach}); each side on its own memory, streams reset at different times"
     )
-    click.echo(f"{'segment':>7} {'tokens':>7} {'mean Δnll':>12} {'max |Δnll|':>12} {'memory error':>13}  reset")
+    click.echo(f"{'segment':>7} {'tokens':>7} {'mean Δnll':>12} {'rms Δnll':>12} {'max |Δnll|':>12} {'memory error':>13}  reset")
     for part in result.segments:
         resets = ",".join(map(str, part.reset_streams))
-        figures = f"{part.mean_delta_nll:>12.2e} {part.max_abs_delta_nll:>12.2e} {part.memory_error:>13.2e}"
-        click.echo(f"{part.index:>7} {part.n_tokens:>7} {figures}  {resets}".rstrip())
+        nll = f"{part.mean_delta_nll:>12.2e} {part.rms_delta_nll:>12.2e} {part.max_abs_delta_nll:>12.2e}"
+        click.echo(f"{part.index:>7} {part.n_tokens:>7} {nll} {part.memory_error:>13.2e}  {resets}".rstrip())
+    bounds = result.tolerance
+    ends = f"{bounds.mean_nll:>12.2e} {bounds.rms_nll:>12.2e} {bounds.token_nll:>12.2e} {bounds.memory:>13.2e}"
+    click.echo(f"{'bound':>7} {'':>7} {ends}")
     click.echo(
         f"perplexity {result.perplexity_reference:.6f} and {result.perplexity_candidate:.6f}, "
         f"mean Δnll {result.mean_delta_nll:.2e}, trend {result.slope_per_segment:.1e} nats per segment"
     )
-    click.echo(f"{'PASSED' if result.passed else 'FAILED'}: {result.reason}")
+
+
+def _print_bisection(found: Bisection) -> None:
+    click.echo("")
+    nodes = f"{len(found.tensors)} of {found.n_nodes} nodes"
+    click.echo(f"Within segment {found.segment}: {nodes}, computed by {found.provider} and by eager PyTorch from the same memory;")
+    click.echo("errors are shares of the largest magnitude")
+    width = max(len(name) for part in found.places for name in (part.worst, part.first_beyond or ""))
+    click.echo(f"{'':<10} {'tensors':>7} {'largest error':>13}  {'where':<{width}}  first beyond its bound")
+    for part in found.places:
+        beyond = part.first_beyond or "-"
+        click.echo(f"{part.place:<10} {part.n_tensors:>7} {part.error:>13.2e}  {part.worst:<{width}}  {beyond}")
+    if found.place is not None:
+        tensors = [tensor for tensor in found.tensors if tensor.place == found.place]
+        first = next(i for i, tensor in enumerate(tensors) if tensor.name == found.tensor)
+        click.echo(f"{found.place}, up to the first tensor beyond its bound and the two after it:")
+        for tensor in tensors[: first + 3]:
+            mark = "" if tensor.within else f"  beyond {tensor.bound:.1e}"
+            click.echo(f"  {tensor.error:>10.2e}  {tensor.name} {tensor.shape} {tensor.dtype}{mark}")
+    click.echo(f"{found.reason[0].upper()}{found.reason[1:]}.")
+    click.echo("")

@@ -17,10 +17,17 @@ from pathlib import Path
 
 import txl_train
 from txl_deploy import manifest as manifests
-from txl_deploy.export.onnx import export_onnx
+from txl_deploy.bench.environment import git_commit
+from txl_deploy.corpora import ModelData
+from txl_deploy.export.audit import audit, audit_text
+from txl_deploy.export.onnx import FILE_NAME as ONNX_FILE
+from txl_deploy.export.onnx import example_arguments, export_onnx
+from txl_deploy.export.precision import onnx_precisions, require, torchscript_precisions
+from txl_deploy.export.torchscript import FILE_NAME as TORCHSCRIPT_FILE
 from txl_deploy.export.torchscript import export_torchscript
 from txl_deploy.manifest import Dtype, Format, Manifest
 from txl_deploy.parity.rollout import BATCH_SIZE, ParityResult, compare, random_segments
+from txl_deploy.parity.tolerances import tolerance_for
 from txl_deploy.runtimes.base import TORCH_TYPES
 from txl_deploy.runtimes.eager import EagerRuntime
 from txl_deploy.runtimes.registry import open_artifact
@@ -76,7 +83,8 @@ def export_artifact(request: ExportRequest) -> Exported:
 
     Raises:
         UsageError: the target exists.
-        ValidationError: the exported graph is invalid, or computes something else than the checkpoint.
+        ValidationError: float16 cannot hold what the checkpoint computes; the exported graph is invalid or not of the types that were
+            asked for; or it computes something else than the checkpoint.
     """
     check_target(request.out, overwrite=request.overwrite)
     model, checkpoint = load_model(request.checkpoint)
@@ -92,6 +100,11 @@ def export_artifact(request: ExportRequest) -> Exported:
     tgt_len = checkpoint.eval_tgt_len if request.tgt_len is None else request.tgt_len
     memory = request.memory or best_memory_kind(config)
     memory_dtype = request.memory_dtype or request.dtype
+    findings = None
+    if "fp16" in (request.dtype, memory_dtype):
+        known = ModelData(checkpoint.dataset, checkpoint.vocabulary, checkpoint.data_folder)
+        text = audit_text(known, config, tgt_len=tgt_len, dataset=request.dataset, data=request.data)
+        findings = audit(model, config, text, tgt_len=tgt_len, memory=memory, dtype=request.dtype, memory_dtype=memory_dtype)
     step = STEPS[request.head](model, tgt_len, memory, config, dtype=TORCH_TYPES[request.dtype], memory_dtype=TORCH_TYPES[memory_dtype])
     assert checkpoint.sha256 is not None  # it was loaded from a file
     source_sha256 = checkpoint.sha256
@@ -115,8 +128,12 @@ def export_artifact(request: ExportRequest) -> Exported:
                 "head": request.head,
             }
             files = export_onnx(step, directory, metadata, batch_size=request.batch_size)
+            precisions = onnx_precisions(directory / ONNX_FILE)
+            require(precisions, dtype=request.dtype, memory_dtype=memory_dtype, path=directory / ONNX_FILE)
         else:
             files = export_torchscript(step, directory)
+            precisions = torchscript_precisions(directory / TORCHSCRIPT_FILE, example_arguments(step, request.batch_size or 1))
+            require(precisions, dtype=request.dtype, memory_dtype=memory_dtype, path=directory / TORCHSCRIPT_FILE)
         checkpoint.vocabulary.save(directory / VOCABULARY_FILE)
         manifest = manifests.write_manifest(
             directory,
@@ -143,6 +160,9 @@ def export_artifact(request: ExportRequest) -> Exported:
                 vocabulary_sha256=checkpoint.vocabulary.sha256,
                 versions={"txl": txl_train.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES[request.format]},
                 command=request.command,
+                git_commit=git_commit(),
+                precisions=precisions.counts(),
+                audit=findings,
             ),
             [*files, VOCABULARY_FILE],
         )
@@ -151,11 +171,16 @@ def export_artifact(request: ExportRequest) -> Exported:
         except EnvironmentUnfitError:
             return Exported(request.out, manifest, None)
         reference = EagerRuntime(model, tgt_len=tgt_len, memory=memory, config=config, head=request.head, origin=str(request.checkpoint))
-        parity = compare(reference, runtime, random_segments(config, tgt_len=tgt_len, batch_size=request.batch_size or BATCH_SIZE))
+        segments = random_segments(config, tgt_len=tgt_len, batch_size=request.batch_size or BATCH_SIZE)
+        rounded = "fp16" if "fp16" in (request.dtype, memory_dtype) else "fp32"
+        parity = compare(reference, runtime, segments, tolerance=tolerance_for(rounded, request.head))
         if not parity.passed:
+            remedy = "constraints.txt names versions of torch, onnx and onnxruntime that work."
+            if rounded == "fp16":
+                remedy = f"Try `--dtype fp32 --memory-dtype fp32`; if that fails too, {remedy}"
             raise ValidationError(
                 f"The exported model computes something else than {request.checkpoint}: {parity.reason}. Nothing was written.",
-                remedy="constraints.txt names versions of torch, onnx and onnxruntime that work.",
+                remedy=remedy,
             )
     return Exported(request.out, manifest, parity)
 

@@ -125,7 +125,7 @@ def check_shapes(info: RuntimeInfo, tokens: Mapping[str, Tensor], memory: Memory
     if info.min_batch > B or (info.max_batch is not None and info.max_batch < B):
         raise ShapeRangeError(
             f"`batch_size` must be within {info.min_batch}..{info.max_batch} for this {info.name} runtime, but is {B} instead.",
-            remedy=f"Give fewer or more streams, or export again with a `--batch-range` that holds {B}.",
+            remedy="Choose another `--batch-size`, or export again with one that fits (of an engine, `--batch-range`).",
         )
     if memory.length_B.shape[0] != B:
         raise ShapeRangeError(f"The memory is of {memory.length_B.shape[0]} streams, but the tokens are of {B}.")

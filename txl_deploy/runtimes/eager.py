@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
+from txl_deploy.claims import count_matrices
 from txl_deploy.runtimes.base import TORCH_TYPES, RuntimeInfo
 from txl_deploy.runtimes.graph import ModuleRuntime
 from txl_train.config import HeadKind, MemoryKind, ModelConfig
@@ -13,6 +15,9 @@ from txl_train.model.transformer_xl import TransformerXL
 
 class EagerRuntime(ModuleRuntime):
     """The model itself, in evaluation mode; in fp16 a copy of it."""
+
+    NAME: ClassVar[str] = "pytorch"
+    PROVIDER: ClassVar[str] = "eager"
 
     def __init__(
         self,
@@ -30,9 +35,10 @@ class EagerRuntime(ModuleRuntime):
         self._model = model.eval()
         step = STEPS[head](model, tgt_len, memory, config, dtype=TORCH_TYPES[dtype], memory_dtype=TORCH_TYPES[memory_dtype or dtype]).eval()
         self.step_module = step
+        weights = count_matrices((str(weight.dtype).removeprefix("torch."), weight.dim()) for weight in step.parameters())
         info = RuntimeInfo(
-            name="pytorch",
-            provider="eager",
+            name=self.NAME,
+            provider=self.PROVIDER,
             device=str(model.embedding.weights[0].device),
             dtype=dtype,
             compute=dtype,
@@ -43,13 +49,14 @@ class EagerRuntime(ModuleRuntime):
             config=step.config,
             origin=origin,
             checkpoint_sha256=checkpoint_sha256,
+            readback={"weights": weights},
         )
         super().__init__(info, step)
 
     def of_length(self, tgt_len: int) -> EagerRuntime:
         """Return the same model for segments of `tgt_len` tokens without extension; the two can take turns on one memory."""
         info = self._info
-        return EagerRuntime(
+        return type(self)(
             self._model,
             tgt_len=tgt_len,
             memory=info.memory,

@@ -2,6 +2,10 @@
 
 Inputs are bound where they lie, and states are written into buffers that are used again: the memory that a step has read becomes the
 place for what the step after the next one writes. So nothing is copied, and any number of sessions may take turns on one runtime.
+
+What really runs is read back from a profile of one step (`_profile`). `session.disable_cpu_ep_fallback` cannot serve for that: it refuses
+every graph with a free axis, as the arithmetic on shapes is put on the CPU on purpose. So the provider is asked for alone, and what it
+left to others is judged by `claims`.
 """
 
 # Shape suffixes: B batch, T tgt_len
@@ -9,7 +13,10 @@ place for what the step after the next one writes. So nothing is copied, and any
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +25,17 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from txl_deploy.claims import FLOATS, compute_type, stored_matrices
 from txl_deploy.runtimes.base import TORCH_TYPES, RuntimeInfo
 from txl_deploy.runtimes.graph import GraphRuntime
 from txl_deploy.signature import TensorSpec, step_signature
-from txl_train.errors import ArtifactError, EnvironmentUnfitError
+from txl_train.errors import ArtifactError, EnvironmentUnfitError, TxlError
 from txl_train.model.memory import Memory, state_count, state_shape
 
 _INSTALL = "Install it with `pip install 'txl[onnx]'` (or `'txl[onnx-gpu]'` on a GPU)."
 _ELEMENTS: dict[torch.dtype, Any] = {torch.int64: np.int64, torch.float32: np.float32, torch.float16: np.float16}
+_PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "FusedMatMulActivation", "GemmFastGelu", "TransposeMatMul"}
+_PROFILED_TYPES = {"float": "float32", "double": "float64"}
 _ONNX_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "float16": "tensor(float16)"}
 
 
@@ -47,20 +57,39 @@ class OnnxRuntime(GraphRuntime):
             import onnxruntime
         except ImportError as error:
             raise EnvironmentUnfitError("onnxruntime is not installed.", remedy=_INSTALL) from error
-        self._ort = onnxruntime
         on_gpu = info.device.startswith("cuda")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
         wanted = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
         if wanted not in onnxruntime.get_available_providers():
             raise EnvironmentUnfitError(
                 f"This onnxruntime has no {wanted}.", remedy="Install the GPU build: `pip install 'txl[onnx-gpu]'`, or use `--device cpu`."
             )
+        super().__init__(info)
+        fixed = info.max_batch if info.max_batch == info.min_batch else None
+        self._signature = step_signature(
+            info.config, tgt_len=info.tgt_len, memory=info.memory, head=info.head, memory_dtype=info.memory_dtype, batch=fixed
+        )
+        self._result_len = info.tgt_len if info.head == "nll" else info.config.vocab_size
+        self._device = torch.device(info.device)
+        self._ours = WeakTensorKeyDictionary()
+        self._spare = WeakTensorKeyDictionary()
+        # TF32 would compute the products of an fp32 graph with 10 bits of mantissa, and is on unless it is turned off
+        settings: dict[str, Any] = {"device_id": self._device.index or 0, "use_tf32": 0} if on_gpu else {}
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        options.enable_profiling = True
         try:
-            settings = {"device_id": torch.device(info.device).index or 0} if on_gpu else {}
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=[(wanted, settings)])
+            with tempfile.TemporaryDirectory(prefix="txl-") as folder:
+                options.profile_file_prefix = str(Path(folder) / "profile")
+                self._session = onnxruntime.InferenceSession(str(path), options, providers=[(wanted, settings)], enable_fallback=0)
+                self._check_provider(wanted)
+                self._check_graph(path)
+                self._somewhere = torch.zeros(1, device=self._device)
+                self._binding = self._session.io_binding()
+                profile = self._profile()
+        except TxlError:
+            raise
         except Exception as error:  # onnxruntime's exceptions share no public base class
             reason = str(error).strip().splitlines()[0]
             if on_gpu:
@@ -70,23 +99,30 @@ class OnnxRuntime(GraphRuntime):
             raise ArtifactError(
                 f"ONNX Runtime cannot load {path}: {reason}", remedy="Export it again with `txl export --format onnx`."
             ) from error
+        readback = {"weights": stored_matrices(path), **_read_back(profile, wanted)}
+        compute = compute_type(readback["products"], info.dtype)
+        if compute == "fp32" and str(self._session.get_provider_options()[wanted].get("use_tf32", "0")).lower() not in ("0", "false"):
+            compute = "tf32"
+        self._info = dataclasses.replace(info, provider=wanted, compute=compute, readback=readback)
+
+    def _check_provider(self, wanted: str) -> None:
         provider = self._session.get_providers()[0]
         if provider != wanted:
             raise EnvironmentUnfitError(
                 f"ONNX Runtime fell back to {provider} instead of {wanted}.", remedy="Run `txl doctor` to see what is missing."
             )
-        super().__init__(dataclasses.replace(info, provider=provider, compute=info.dtype if on_gpu else "fp32"))
-        fixed = info.max_batch if info.max_batch == info.min_batch else None
-        self._signature = step_signature(
-            info.config, tgt_len=info.tgt_len, memory=info.memory, head=info.head, memory_dtype=info.memory_dtype, batch=fixed
-        )
-        self._result_len = info.tgt_len if info.head == "nll" else info.config.vocab_size
-        self._check_graph(path)
-        self._device = torch.device(info.device)
-        self._binding = self._session.io_binding()
-        self._somewhere = torch.zeros(1, device=self._device)
-        self._ours = WeakTensorKeyDictionary()
-        self._spare = WeakTensorKeyDictionary()
+
+    def _profile(self) -> list[Mapping[str, Any]]:
+        """Run one step of nothing but zeros and return the events that the session recorded, which then records no more."""
+        info = self._info
+        B, T = info.min_batch, info.tgt_len
+        ids_BQ = torch.zeros((B, info.config.ext_len + T), dtype=torch.int64, device=self._device)
+        targets = ids_BQ[:, -T:].contiguous() if info.head == "nll" else None
+        rows = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(info.config.n_cluster)]
+        self.run(ids_BQ, targets, rows, self.initial_memory(B))
+        with open(self._session.end_profiling(), encoding="utf-8") as file:
+            events: list[Mapping[str, Any]] = json.load(file)
+        return events
 
     def _check_graph(self, path: Path) -> None:
         for specs, found in ((self._signature.inputs, self._session.get_inputs()), (self._signature.outputs, self._session.get_outputs())):
@@ -127,3 +163,26 @@ class OnnxRuntime(GraphRuntime):
         for spec, tensor in zip(specs, tensors, strict=True):
             address = tensor.data_ptr() or self._somewhere.data_ptr()  # an empty tensor lies nowhere, which onnxruntime refuses
             bind(spec.name, self._device.type, self._device.index or 0, _ELEMENTS[tensor.dtype], tuple(tensor.shape), address)
+
+
+def _read_back(events: Iterable[Mapping[str, Any]], provider: str) -> dict[str, dict[str, int]]:
+    """Return what a profile says, in the terms of `claims`: matrix products by type, nodes by provider, and those elsewhere that should
+    not be. Arithmetic on shapes may run on the CPU: it deals in integers and in vectors."""
+    products: Counter[str] = Counter()
+    nodes: Counter[str] = Counter()
+    elsewhere: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
+            continue
+        facts = event["args"]
+        found = [(_PROFILED_TYPES.get(dtype, dtype), shape) for part in facts["output_type_shape"] for dtype, shape in part.items()]
+        nodes[facts["provider"]] += 1
+        if facts["op_name"] in _PRODUCTS:
+            products.update(dtype for dtype, _ in found[:1])
+        if facts["provider"] != provider and any(dtype in FLOATS and len(shape) >= 2 for dtype, shape in found):
+            elsewhere[facts["op_name"]] += 1
+    return {
+        "products": dict(sorted(products.items())),
+        "nodes": dict(sorted(nodes.items())),
+        **({"elsewhere": dict(sorted(elsewhere.items()))} if elsewhere else {}),
+    }

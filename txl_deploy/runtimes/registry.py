@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from txl_deploy import claims
 from txl_deploy import manifest as manifests
 from txl_deploy.manifest import Manifest
 from txl_deploy.runtimes.base import Runtime, RuntimeInfo
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from txl_deploy.runtimes.eager import EagerRuntime
     from txl_train.checkpoint import Checkpoint
 
-RUNTIME_NAMES = ("pytorch", "torchscript", "onnx")
+RUNTIME_NAMES = ("pytorch", "compiled", "torchscript", "onnx")
+"""What a checkpoint can be run with; the last two are exported first."""
 
 
 def _torchscript(directory: Path, info: RuntimeInfo, threads: int | None) -> Runtime:
@@ -33,7 +35,18 @@ def _onnx(directory: Path, info: RuntimeInfo, threads: int | None) -> Runtime:
     return OnnxRuntime(manifests.artifact_file(directory, "model.onnx"), info, threads=threads)
 
 
-_OPENERS: dict[str, Callable[[Path, RuntimeInfo, int | None], Runtime]] = {"torchscript": _torchscript, "onnx": _onnx}
+def _tensorrt(directory: Path, info: RuntimeInfo, threads: int | None) -> Runtime:
+    from txl_deploy.runtimes.tensorrt import open_engine
+
+    return open_engine(directory, info, manifests.read_manifest(directory))
+
+
+_OPENERS: dict[str, Callable[[Path, RuntimeInfo, int | None], Runtime]] = {
+    "torchscript": _torchscript,
+    "onnx": _onnx,
+    "trt": _tensorrt,
+    "trt-rtx": _tensorrt,
+}
 
 
 def resolve_device(device: str, runtimes: Iterable[str] = ()) -> str:
@@ -57,13 +70,15 @@ def use_threads(threads: int | None) -> None:
 
 
 def open_artifact(directory: Path, *, device: str = "cpu", threads: int | None = None) -> Runtime:
-    """Open an exported model, after checking every byte of it against its manifest.
+    """Open an exported model, after checking every byte of it against its manifest, and what really runs against what it claims.
 
     Raises:
         ManifestError: the folder is no artifact, or is not what its manifest says.
         EnvironmentUnfitError: its runtime is not installed, or the device is absent.
+        ValidationError: it claims another format, precision or device than it has.
     """
     manifest = manifests.read_verified(directory)
+    claims.check_format(manifest, directory)
     use_threads(threads)
     info = RuntimeInfo(
         name=manifest.format,
@@ -81,7 +96,9 @@ def open_artifact(directory: Path, *, device: str = "cpu", threads: int | None =
         manifest_sha256=file_sha256(directory / manifests.FILE_NAME),
         checkpoint_sha256=manifest.source.checkpoint_sha256,
     )
-    return _OPENERS[manifest.format](directory, info, threads)
+    runtime = _OPENERS[manifest.format](directory, info, threads)
+    claims.audit(runtime.info, manifest)
+    return runtime
 
 
 def artifact_config(manifest: Manifest) -> ModelConfig:
@@ -109,9 +126,15 @@ def eager_from_checkpoint(
     head: HeadKind = "nll",
     device: str = "cpu",
     threads: int | None = None,
+    compiled: bool = False,
 ) -> tuple[EagerRuntime, Checkpoint]:
-    """Open a checkpoint in eager PyTorch with other lengths where they are given: in FP32 the reference of every comparison."""
-    from txl_deploy.runtimes.eager import EagerRuntime
+    """Open a checkpoint in PyTorch with other lengths where they are given: eager in FP32 the reference of every comparison.
+
+    Raises:
+        CheckpointError: it is damaged.
+        ValidationError: a weight is too large for `dtype`.
+        EnvironmentUnfitError: the device is absent, or it cannot be compiled for it.
+    """
     from txl_train.checkpoint import load_model
     from txl_train.model.inference import with_lengths
     from txl_train.model.memory import best_memory_kind
@@ -128,7 +151,7 @@ def eager_from_checkpoint(
         same_length=same_length,
         same_length_rule=same_length_rule,
     )
-    runtime = EagerRuntime(
+    runtime = _pytorch_runtime(compiled)(
         model,
         tgt_len=checkpoint.eval_tgt_len if tgt_len is None else tgt_len,
         memory=memory or best_memory_kind(config),
@@ -138,4 +161,15 @@ def eager_from_checkpoint(
         origin=str(path),
         checkpoint_sha256=checkpoint.sha256,
     )
+    claims.audit(runtime.info)
     return runtime, checkpoint
+
+
+def _pytorch_runtime(compiled: bool) -> type[EagerRuntime]:
+    if compiled:
+        from txl_deploy.runtimes.compiled import CompiledRuntime
+
+        return CompiledRuntime
+    from txl_deploy.runtimes.eager import EagerRuntime
+
+    return EagerRuntime

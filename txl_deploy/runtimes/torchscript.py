@@ -1,4 +1,7 @@
-"""TorchScript: a scripted step loaded from `model.pt`, without the toolkit's Python code."""
+"""TorchScript: a scripted step loaded from `model.pt`, without the toolkit's Python code.
+
+The script holds no device: weights come to the one that is asked for, and everything else is made where the inputs lie.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,20 @@ from pathlib import Path
 
 import torch
 
+from txl_deploy.claims import count_matrices
 from txl_deploy.runtimes.base import RuntimeInfo
 from txl_deploy.runtimes.graph import ModuleRuntime
 from txl_train.errors import ArtifactError
+
+_SETTINGS = {
+    "tgt_len": "tgt_len",
+    "mem_len": "mem_len",
+    "ext_len": "ext_len",
+    "memory": "memory",
+    "head": "head_kind",
+    "memory_dtype": "memory_dtype_name",
+}
+"""What a script says of itself, and the attribute of `FixedStep` that says it; those of older versions have fewer."""
 
 
 class TorchScriptRuntime(ModuleRuntime):
@@ -26,4 +40,6 @@ class TorchScriptRuntime(ModuleRuntime):
             raise ArtifactError(
                 f"PyTorch cannot load {path}: {reason}", remedy="Export it again with `txl export --format torchscript`."
             ) from error
-        super().__init__(dataclasses.replace(info, compute=info.dtype), module)
+        weights = count_matrices((str(weight.dtype).removeprefix("torch."), weight.dim()) for weight in module.parameters())
+        settings = {name: getattr(module, attribute) for name, attribute in _SETTINGS.items() if hasattr(module, attribute)}
+        super().__init__(dataclasses.replace(info, compute=info.dtype, readback={"weights": weights, "settings": settings}), module)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import nn
 
 from txl_train.errors import ValidationError
 from txl_train.model.transformer_xl import TransformerXL
@@ -29,16 +30,17 @@ def in_half(model: TransformerXL) -> TransformerXL:
     Raises:
         ValidationError: a weight is larger than float16 can hold.
     """
-    twin = copy.deepcopy(model)
-    for name, parameter in twin.named_parameters():
-        parameter.requires_grad_(False)
+    halved: dict[int, nn.Parameter] = {}  # what deepcopy is to take for each weight: so it never copies the float32 ones, which are large
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
         if stays_float32(name):
+            halved[id(parameter)] = nn.Parameter(weight.clone(), requires_grad=False)
             continue
-        largest = float(parameter.detach().abs().max()) if parameter.numel() else 0.0
+        largest = max(abs(float(end)) for end in weight.aminmax()) if weight.numel() else 0.0
         if not largest <= LARGEST:
             raise ValidationError(
                 f"The weight `{name}` has a value of magnitude {largest:.4g}, but float16 ends at {LARGEST:.0f}.",
                 remedy="Use fp32 for this checkpoint: `--dtype fp32`.",
             )
-        parameter.data = parameter.data.half()
-    return twin
+        halved[id(parameter)] = nn.Parameter(weight.half(), requires_grad=False)
+    return copy.deepcopy(model, memo=dict[int, object](halved))

@@ -205,7 +205,8 @@ def test_a_saved_torchscript_is_an_artifact_that_can_be_loaded_again(exports: Ex
 
 
 REFUSED = {
-    "half precision": (["--fp16"], 2, "`--fp16` is not possible yet"),
+    "two precisions": (["--fp16", "--dtype", "fp32"], 2, "contradict each other"),
+    "a precision of training": (["--dtype", "bf16"], 2, "bf16 is for training only"),
     "two devices": (["--cuda", "--device", "cpu"], 2, "contradict each other"),
     "another process": (["--local-rank", "1"], 2, "torchrun --nproc-per-node"),
     "a file of TorchScript": (["--load-torchscript", "{file}"], 2, "txl export --format torchscript"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from tests.deploy.conftest import Exports
 from tests.support import small_config, write_checkpoint
 from txl_deploy.cli.main import main
-from txl_deploy.manifest import read_manifest
+from txl_deploy.manifest import read_manifest, write_manifest
 
 Capture = pytest.CaptureFixture[str]
 
@@ -92,6 +96,89 @@ def test_numbers_that_are_not_finite_fail_with_1_and_leave_valid_json(
     assert document["passed"] is False
     assert document["max_abs_delta_nll"] is None
     assert json.loads((tmp_path / "parity.json").read_text()) == document
+
+
+def replaced_graph(artifact: Path, folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
+    """Return a copy of an artifact with another graph, which its manifest vouches for."""
+    copy = folder / "changed"
+    shutil.copytree(artifact, copy)
+    model = onnx.load(str(copy / "model.onnx"))
+    change(model)
+    onnx.save(model, str(copy / "model.onnx"))
+    manifest = read_manifest(copy)
+    (copy / "manifest.json").unlink()
+    write_manifest(copy, manifest, list(manifest.files))
+    return copy
+
+
+def with_a_wrong_bias_in_layer_1(model: onnx.ModelProto) -> None:
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "decoder.layers.1.feed_forward.outer.bias")
+    bias = numpy_helper.to_array(tensor).copy()
+    bias[2] += 0.3  # one of them: the normalisation takes away what all have in common
+    tensor.CopyFrom(numpy_helper.from_array(bias, tensor.name))
+
+
+@pytest.mark.parametrize("fixture", ["exports", "fp16_onnx", "logits_onnx"])
+def test_bisect_names_the_layer_of_a_graph_that_fails(
+    request: pytest.FixtureRequest, exports: Exports, tmp_path: Path, capsys: Capture, fixture: str
+) -> None:
+    made = request.getfixturevalue(fixture)
+    artifact = replaced_graph(made.onnx if isinstance(made, Exports) else made, tmp_path, with_a_wrong_bias_in_layer_1)
+    arguments = ["parity", "--checkpoint", str(exports.checkpoint), "--artifact", str(artifact)]
+    assert main([*arguments, "--bisect"]) == 1
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[-1].startswith("FAILED: ")
+    assert any(line.startswith("Layer 1 is the first to leave the bound: decoder.layers.1.feed_forward.outer/linear_") for line in lines)
+    assert [line.split()[0:2] for line in lines if line.startswith("layer ") and "up to" not in line] == [["layer", "0"], ["layer", "1"]]
+    assert "layer 1 is the first" in captured.err
+    assert main([*arguments, "--bisect", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["bisection"]
+    assert (found["place"], found["tensor"].partition("/")[0]) == ("layer 1", "decoder.layers.1.feed_forward.outer")
+    assert len(found["tensors"]) > 40
+
+
+def test_a_failure_without_bisect_says_that_there_is_one(exports: Exports, tmp_path: Path, capsys: Capture) -> None:
+    artifact = replaced_graph(exports.onnx, tmp_path, with_a_wrong_bias_in_layer_1)
+    assert main(["parity", "--checkpoint", str(exports.checkpoint), "--artifact", str(artifact)]) == 1
+    assert "txl parity --bisect" in capsys.readouterr().err
+
+
+def test_bisect_of_a_faithful_graph_shows_how_the_error_grows(exports: Exports, fp16_onnx: Path, capsys: Capture) -> None:
+    assert main(["parity", "--checkpoint", str(exports.checkpoint), "--artifact", str(fp16_onnx), "--bisect"]) == 0
+    out = capsys.readouterr().out
+    assert "No tensor leaves the bound" in out
+    assert sum(line.startswith(("embedding ", "layer ", "head ")) for line in out.splitlines()) == 4
+    assert "fp16 computed in fp32, kv memory in fp16" in out
+    assert "reference  pytorch (eager, fp32, kv memory in fp32)" in out
+
+
+def test_bisect_of_what_is_no_onnx_graph_is_refused(exports: Exports, capsys: Capture) -> None:
+    assert main(["parity", "--checkpoint", str(exports.checkpoint), "--artifact", str(exports.torchscript), "--bisect"]) == 2
+    assert "--format onnx" in capsys.readouterr().err
+
+
+def test_parity_of_a_graph_that_scores_the_next_token_speaks_of_words(exports: Exports, logits_onnx: Path, capsys: Capture) -> None:
+    assert main(["parity", "--checkpoint", str(exports.checkpoint), "--artifact", str(logits_onnx)]) == 0
+    out = capsys.readouterr().out
+    assert "words' scores as the next one" in out
+    assert "PASSED: the worst word differs by" in out
+    assert "hidden memory in fp32" in out
+
+
+@pytest.mark.parametrize("options", [["--head", "log-probs"], ["--fp16"], ["--memory-dtype", "fp16"], ["--batch-size", "2", "--fp16"]])
+def test_parity_knows_every_head_type_and_batch_size(exports: Exports, tmp_path: Path, capsys: Capture, options: list[str]) -> None:
+    out = tmp_path / "a"
+    common = ["--checkpoint", str(exports.checkpoint)]
+    assert main(["export", *common, "--format", "torchscript", "--out", str(out), *options]) == 0
+    capsys.readouterr()
+    assert main(["parity", *common, "--artifact", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["head"] == ("log_probs" if "log-probs" in options else "nll")
+    assert document["dtype"] == document["compute"] == ("fp16" if "--fp16" in options else "fp32")
+    assert document["memory_dtype"] == ("fp16" if {"--fp16", "--memory-dtype"} & set(options) else "fp32")
+    assert document["batch_size"] == (2 if "--batch-size" in options else 3)
+    assert document["bisection"] is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from tests.deploy.conftest import Exports
+from txl_deploy.bench.environment import git_commit
 from txl_deploy.export import artifact as artifacts
 from txl_deploy.export.artifact import ExportRequest, export_artifact
 from txl_deploy.manifest import read_manifest, verify
+from txl_train.checkpoint import load_model, save_checkpoint
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import CheckpointError, UsageError, ValidationError
 from txl_train.files import file_sha256
@@ -88,6 +91,62 @@ def test_an_export_that_computes_something_else_leaves_nothing_behind(
         export_artifact(request(exports, tmp_path / "a"))
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def overflowing(exports: Exports, folder: Path) -> Path:
+    """Return a checkpoint whose feed-forward reaches beyond 65504 in the first layer."""
+    model, checkpoint = load_model(exports.checkpoint)
+    with torch.no_grad():
+        model.decoder_layers()[0].feed_forward.outer.bias.fill_(6e4)
+        model.decoder_layers()[0].feed_forward.outer.weight.mul_(1e5)
+    path = folder / "large.pt"
+    save_checkpoint(path, dataclasses.replace(checkpoint, model=model.parameters_by_name(), sha256=None))
+    return path
+
+
+@pytest.mark.parametrize("name", ["onnx", "torchscript"])
+def test_what_float16_cannot_hold_is_found_before_anything_is_written(exports: Exports, tmp_path: Path, name: str) -> None:
+    large = overflowing(exports, tmp_path)
+    with pytest.raises(ValidationError, match=r"feed-forward outer of layer 0 .* text valid") as caught:
+        export_artifact(request(exports, tmp_path / "a", checkpoint=large, format=name, dtype="fp16"))
+    assert caught.value.exit_code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["large.pt"]
+
+
+def test_what_a_module_holds_and_what_real_text_reached_stand_in_the_manifest(exports: Exports, tmp_path: Path) -> None:
+    export_artifact(request(exports, tmp_path / "a", dtype="fp16", memory_dtype="fp32"))
+    manifest = read_manifest(tmp_path / "a")
+    assert set(manifest.precisions["products"]) == {"float16"}
+    assert manifest.precisions["states"] == {"float32": 4}
+    assert manifest.audit is not None
+    assert (manifest.audit["text"]["kind"], manifest.audit["text"]["split"]) == ("text", "valid")
+    assert {point["point"] for point in manifest.audit["points"]} >= {"scores", "memory", "residual sum", "logits of cluster 3"}
+    assert manifest.git_commit == git_commit()
+
+
+def test_in_fp32_there_is_nothing_to_audit(exports: Exports) -> None:
+    manifest = read_manifest(exports.onnx)
+    assert manifest.audit is None
+    assert set(manifest.precisions["products"]) == set(manifest.precisions["weights"]) == {"float32"}
+
+
+def test_a_file_of_another_type_than_asked_for_is_never_kept(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_float32(step: InferenceStep, folder: Path) -> list[str]:
+        return real(InferenceStep(load_model(exports.checkpoint)[0].eval(), step.tgt_len, step.memory), folder)
+
+    real = artifacts.export_torchscript
+    monkeypatch.setattr(artifacts, "export_torchscript", of_float32)
+    with pytest.raises(ValidationError, match="was to be fp16"):
+        export_artifact(request(exports, tmp_path / "a", dtype="fp16", memory_dtype="fp32"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_states_alone_can_be_float16(exports: Exports, tmp_path: Path) -> None:
+    exported = export_artifact(request(exports, tmp_path / "a", memory_dtype="fp16", memory="hidden"))
+    assert exported.manifest.precisions["products"] == {"float32": 30}
+    assert exported.manifest.precisions["states"] == {"float16": 2}
+    assert exported.manifest.audit is not None
+    assert exported.manifest.audit["worst"]["point"] == "memory"
 
 
 def test_a_damaged_checkpoint_leaves_nothing_behind(exports: Exports, tmp_path: Path) -> None:

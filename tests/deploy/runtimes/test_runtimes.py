@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.deploy.conftest import TGT_LEN, Exports
-from tests.support import random_ids
+from tests.deploy.runtimes.test_compiled import trace_only
+from tests.support import random_ids, small_config
+from txl_deploy.export.artifact import ExportRequest, export_artifact
 from txl_deploy.runtimes.base import Runtime, ShapeRangeError
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact, resolve_device
 from txl_deploy.session import Session
 from txl_train.errors import ArtifactError, EnvironmentUnfitError, ManifestError
 from txl_train.model.memory import Memory, empty_memory
 
-NAMES = ["pytorch", "torchscript", "onnx"]
+EXPORTED = ["torchscript", "onnx"]
+NAMES = ["pytorch", *EXPORTED, "compiled"]
 
 
 def open_named(exports: Exports, name: str) -> Runtime:
     if name == "pytorch":
         return eager_from_checkpoint(exports.checkpoint)[0]
+    if name == "compiled":
+        return compiled(exports.checkpoint)
     return open_artifact(getattr(exports, name))
+
+
+@functools.cache
+def compiled(checkpoint: Path) -> Runtime:
+    """One for all tests, as each number of streams takes seconds."""
+    return eager_from_checkpoint(checkpoint, compiled=True)[0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _only_traced() -> Iterator[None]:
+    """Trace for the compiler, and run what was traced as it is: `test_compiled.py` compiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        trace_only(patch)
+        yield
 
 
 def segments_of(runtime: Runtime, batch_size: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -36,11 +59,13 @@ def segments_of(runtime: Runtime, batch_size: int, count: int) -> list[tuple[tor
 def test_a_runtime_says_what_it_is(exports: Exports, name: str) -> None:
     info = open_named(exports, name).info
     assert (info.name, info.dtype, info.memory, info.tgt_len, info.mem_len, info.device) == (name, "fp32", "kv", TGT_LEN, 7, "cpu")
-    assert info.provider == {"pytorch": "eager", "torchscript": "torchscript", "onnx": "CPUExecutionProvider"}[name]
+    providers = {"pytorch": "eager", "compiled": "inductor", "torchscript": "torchscript", "onnx": "CPUExecutionProvider"}
+    assert (info.provider, info.compute) == (providers[name], "fp32")
+    assert set(info.readback["weights"]) == {"float32"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-@pytest.mark.parametrize("name", ["torchscript", "onnx"])
+@pytest.mark.parametrize("name", [*EXPORTED, "compiled"])
 def test_every_token_equals_eager_at_any_batch_size(exports: Exports, name: str, batch_size: int) -> None:
     ours, theirs = Session(open_named(exports, "pytorch"), batch_size), Session(open_named(exports, name), batch_size)
     for input_ids, target_ids in segments_of(ours.runtime, batch_size, 5):
@@ -150,7 +175,7 @@ def test_a_memory_of_another_batch_size_is_refused(exports: Exports, name: str) 
         runtime.step(ids, ids, runtime.initial_memory(3))
 
 
-@pytest.mark.parametrize("name", ["torchscript", "onnx"])
+@pytest.mark.parametrize("name", EXPORTED)
 def test_a_changed_byte_is_found_before_anything_is_loaded(exports: Exports, name: str, tmp_path: Path) -> None:
     copy = tmp_path / name
     shutil.copytree(getattr(exports, name), copy)
@@ -162,7 +187,7 @@ def test_a_changed_byte_is_found_before_anything_is_loaded(exports: Exports, nam
         open_artifact(copy)
 
 
-@pytest.mark.parametrize("name", ["torchscript", "onnx"])
+@pytest.mark.parametrize("name", EXPORTED)
 def test_a_truncated_graph_behind_a_matching_manifest_is_one_clear_error(exports: Exports, name: str, tmp_path: Path) -> None:
     from txl_deploy.manifest import read_manifest, write_manifest
 
@@ -183,3 +208,41 @@ def test_a_gpu_asked_for_and_absent_is_an_unfit_environment(exports: Exports) ->
     assert caught.value.exit_code == 3
     with pytest.raises(EnvironmentUnfitError):
         open_artifact(exports.onnx, device="cuda")
+
+
+# A script holds no device
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def script(request: pytest.FixtureRequest, exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return `model.pt` of each type of weights."""
+    if request.param == "fp32":
+        return exports.torchscript / "model.pt"
+    out = tmp_path_factory.mktemp("script") / "fp16"
+    export_artifact(ExportRequest(checkpoint=exports.checkpoint, out=out, format="torchscript", dtype="fp16"))
+    return out / "model.pt"
+
+
+def load_script(path: Path, device: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.load(str(path), map_location=device)
+
+
+def test_a_script_has_no_device_among_its_constants(script: Path) -> None:
+    graph = load_script(script, "cpu").inlined_graph
+    constants = [node for node in graph.findAllNodes("prim::Constant", True) if node.output().type().str() == "Device"]
+    assert constants == []
+    assert len(graph.findAllNodes("aten::arange", True)) == 2, "they take the device of a tensor"
+
+
+def test_a_script_saved_on_the_cpu_runs_wholly_on_another_device(script: Path) -> None:
+    """The meta device computes shapes alone, and refuses to mix with any other: a tensor made on the CPU would end the step."""
+    module = load_script(script, "meta")
+    dtype = module.embedding.projections.__getattr__("0").dtype
+    ids = torch.zeros((2, TGT_LEN), dtype=torch.int64, device="meta")
+    rows = [torch.zeros(1, dtype=torch.int64, device="meta") for _ in range(3)]
+    memory = empty_memory(small_config(cutoffs=(5, 9, 16), div_val=2), "kv", 2, device="meta", dtype=dtype)
+    nll, length, states = module(ids, ids, rows, memory.length_B, memory.states)
+    assert {tensor.device.type for tensor in (nll, length, *states)} == {"meta"}
+    assert (nll.dtype, {state.dtype for state in states}) == (torch.float32, {dtype})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,18 @@ import torch
 
 from tests.deploy.conftest import TGT_LEN, Exports
 from tests.support import build_model, small_config
-from txl_deploy.parity.rollout import compare, default_segments, random_segments, receptive_field_segments, streams_to_reset
-from txl_deploy.runtimes.base import Runtime
+from txl_deploy.parity.rollout import (
+    compare,
+    default_segments,
+    random_segments,
+    receptive_field_segments,
+    streams_to_reset,
+)
+from txl_deploy.runtimes.base import Runtime, ScoresOutput
 from txl_deploy.runtimes.eager import EagerRuntime
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact
-from txl_train.config import ModelConfig
+from txl_deploy.session import Session
+from txl_train.config import HeadKind, MemoryKind, ModelConfig
 from txl_train.errors import UsageError
 from txl_train.evaluate import StepOutput
 from txl_train.model.memory import Memory
@@ -121,6 +129,89 @@ def test_other_lengths_are_not_compared() -> None:
     other = EagerRuntime(build_model(small_config(cutoffs=(5, 9, 16), div_val=2, clamp_len=3)), tgt_len=TGT_LEN)
     with pytest.raises(UsageError, match="clamp_len None and 3"):
         compare(eager(), other, random_segments(CONFIG, tgt_len=TGT_LEN))
+
+
+def test_other_heads_are_not_compared() -> None:
+    with pytest.raises(UsageError, match="head nll and logits"):
+        compare(eager(), EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN, head="logits"), random_segments(CONFIG, tgt_len=TGT_LEN))
+
+
+class OneWordOff:
+    """A faithful runtime that scores the next token, but for one word."""
+
+    def __init__(self, inner: Runtime, word: int, by: float) -> None:
+        self.inner, self.word, self.by = inner, word, by
+        self.info = inner.info
+        self.initial_memory = inner.initial_memory
+
+    def next_token(self, input_ids_BQ: torch.Tensor, memory: Memory) -> ScoresOutput:
+        scores_BV, new_memory = self.inner.next_token(input_ids_BQ, memory)
+        scores_BV = scores_BV.clone()
+        scores_BV[1, self.word] += self.by
+        return ScoresOutput(scores_BV, new_memory)
+
+
+@pytest.mark.parametrize("head", ["logits", "log_probs"])
+@pytest.mark.parametrize("config", [CONFIG, small_config()], ids=["adaptive", "plain"])
+def test_every_word_s_score_as_the_next_one_is_compared(head: HeadKind, config: ModelConfig) -> None:
+    def runtime() -> EagerRuntime:
+        return EagerRuntime(build_model(config), tgt_len=TGT_LEN, head=head)
+
+    segments = random_segments(config, tgt_len=TGT_LEN, n_segments=7)
+    same = compare(runtime(), runtime(), segments)
+    assert same.passed
+    assert same.unit == "word"
+    assert (same.n_tokens, same.n_compared) == (7 * 3, 7 * 3 * config.vocab_size)
+    wrong = compare(runtime(), OneWordOff(runtime(), word=17, by=1e-2), segments)  # type: ignore[arg-type]
+    assert not wrong.passed
+    assert wrong.worst_token == {"segment": wrong.worst_token["segment"], "stream": 1, "word": 17}
+    assert "a word's nll as the next token differs" in wrong.reason
+
+
+def test_the_perplexity_of_next_tokens_is_that_of_the_tokens_that_come() -> None:
+    segments = random_segments(CONFIG, tgt_len=TGT_LEN)
+    runtime = eager()
+    last: list[torch.Tensor] = []
+    session = Session(runtime, 3)
+    for number, segment in enumerate(segments):
+        session.reset(streams_to_reset(number, 3, len(segments)))
+        last.append(session.step(torch.from_numpy(segment.input_ids_BT), torch.from_numpy(segment.target_ids_BT))[:, -1])
+    other = EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN, head="log_probs")
+    result = compare(other, other, segments)
+    assert result.perplexity_reference == pytest.approx(math.exp(float(torch.cat(last).double().mean())), rel=1e-5)
+
+
+def test_a_shift_of_all_logits_changes_nothing_and_one_of_all_log_probs_does() -> None:
+    for head, passes in (("logits", True), ("log_probs", False)):
+        inner = EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN, head=head)  # type: ignore[arg-type]
+        shifted = OneWordOff(inner, word=slice(None), by=0.5)  # type: ignore[arg-type]
+        assert compare(inner, shifted, random_segments(CONFIG, tgt_len=TGT_LEN)).passed is passes  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("dtype", "memory_dtype"), [("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp16")])
+@pytest.mark.parametrize("memory", ["kv", "hidden"])
+def test_memories_of_two_types_are_compared_by_their_values(dtype: str, memory_dtype: str, memory: MemoryKind) -> None:
+    reference = EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN, memory=memory)
+    candidate = EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN, memory=memory, dtype=dtype, memory_dtype=memory_dtype)
+    result = compare(reference, candidate, random_segments(CONFIG, tgt_len=TGT_LEN))
+    assert 1e-5 < result.max_memory_error < 1e-2
+    assert result.candidate.startswith(f"pytorch (eager, {dtype}, {memory} memory in {memory_dtype})")
+    assert result.passed, result.reason
+
+
+def test_a_drift_too_small_for_any_token_fails_by_the_root_mean_square() -> None:
+    noise = torch.Generator().manual_seed(0)
+    shaken = Mutated(eager(), same, lambda nll: nll + 3e-5 * torch.randn(nll.shape, generator=noise).sign())
+    result = compare(eager(), shaken, random_segments(CONFIG, tgt_len=TGT_LEN))
+    assert not result.passed
+    assert "root mean square" in result.reason
+
+
+def test_both_sides_say_what_they_compute_in(fp16_onnx: Path) -> None:
+    result = compare(eager(), open_artifact(fp16_onnx), random_segments(CONFIG, tgt_len=TGT_LEN))
+    assert result.passed, result.reason
+    assert result.reference.startswith("pytorch (eager, fp32, kv memory in fp32)")
+    assert result.candidate.startswith("onnx (CPUExecutionProvider, fp16 computed in fp32, kv memory in fp16)")
 
 
 def test_the_receptive_field_grows_with_layers_and_memory() -> None:

@@ -1,0 +1,224 @@
+"""What an artifact claims to be against what is found to run: format, device, precisions, lengths. A claim that is not so is exit 1.
+
+Runtimes read back what they can, as plain values in `RuntimeInfo.readback`, and this module judges it:
+
+* `weights`: matrices (tensors of two or more axes) of each type; vectors, such as those of the normalisations, do not count;
+* `products`: matrix products of each type that they are computed in;
+* `nodes`: nodes of a graph on each provider, and `elsewhere` those that compute on matrices outside the provider asked for, by operator;
+* `layers`: layers of an engine of each type;
+* `settings`: what a script says of itself.
+
+What is not there could not be read back and is not judged. Knows the names of types, formats and providers; opens no runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from txl_train.errors import ArtifactError, ValidationError
+
+if TYPE_CHECKING:
+    from txl_deploy.manifest import Manifest
+    from txl_deploy.runtimes.base import RuntimeInfo
+    from txl_train.config import ModelConfig
+
+FLOATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
+"""What `--dtype` calls each type of floating-point numbers."""
+
+MODEL_FILES = {"onnx": "model.onnx", "torchscript": "model.pt", "trt": "model.plan", "trt-rtx": "model.plan"}
+"""The file that each format keeps the model in."""
+
+BUILDERS = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
+"""The package that builds and runs engines of each format."""
+
+_REMEDY = "Export the checkpoint again with `txl export`."
+
+
+def check_format(manifest: Manifest, directory: Path) -> None:
+    """Compare the format that a manifest names with the files and the engine that it lists.
+
+    Raises:
+        ValidationError: they are of another format.
+    """
+    wanted = MODEL_FILES[manifest.format]
+    listed = sorted(name for name in set(MODEL_FILES.values()) if name in manifest.files)
+    builder = BUILDERS.get(manifest.format)
+    reason = ""
+    if listed != [wanted]:
+        reason = f"holds {', '.join(listed) or 'no model'} instead of {wanted}"
+    elif manifest.engine is not None and manifest.engine.builder != builder:
+        reason = f"holds an engine of {manifest.engine.builder} instead of {builder}"
+    if reason:
+        raise ValidationError(f"{directory} claims to be of format {manifest.format}, but {reason}.", remedy=_REMEDY)
+
+
+def audit(info: RuntimeInfo, manifest: Manifest | None = None) -> None:
+    """Compare what a runtime says of itself, and the manifest it was opened by, with what was read back.
+
+    Raises:
+        ValidationError: naming every claim that is not so.
+    """
+    wrong = [*_placement(info), *_weights(info), *_products(info), *_settings(info)]
+    if manifest is not None:
+        wrong += _records(info, manifest.precisions)
+    if wrong:
+        raise ValidationError(f"{info.origin or 'This model'} is not what it claims to be: {'; '.join(wrong)}.", remedy=_REMEDY)
+
+
+def compute_type(products: Mapping[str, int], default: str) -> str:
+    """Return what `--dtype` calls the type of these products; of several types all of them, and `default` of none."""
+    return "+".join(sorted(FLOATS.get(name, name) for name, count in products.items() if count)) or default
+
+
+def count_matrices(tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Return the number of matrices of each floating-point type among tensors, given as type and number of axes."""
+    counts: dict[str, int] = {}
+    for dtype, axes in tensors:
+        if dtype in FLOATS and axes >= 2:
+            counts[dtype] = counts.get(dtype, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def summary(info: RuntimeInfo) -> dict[str, Any]:
+    """Return what was read back as plain values for JSON; settings, which are claims already, are left out."""
+    return {name: value for name, value in info.readback.items() if name != "settings"}
+
+
+def _placement(info: RuntimeInfo) -> Iterator[str]:
+    found = info.readback
+    if info.name == "onnx":
+        wanted = "CUDAExecutionProvider" if info.device.startswith("cuda") else "CPUExecutionProvider"
+        if info.provider != wanted:
+            yield f"it runs on {info.provider} instead of {wanted}"
+        elif "nodes" in found and not found["nodes"].get(wanted):
+            yield f"no node runs on {wanted}"
+    if found.get("elsewhere"):
+        nodes = ", ".join(f"{count} {name}" for name, count in found["elsewhere"].items())
+        yield f"nodes that compute on matrices run outside {info.provider}: {nodes}"
+
+
+def _weights(info: RuntimeInfo) -> Iterator[str]:
+    weights = info.readback.get("weights")
+    if weights is None:
+        return
+    wanted = next(name for name, short in FLOATS.items() if short == info.dtype)
+    others = {name: count for name, count in weights.items() if name != wanted}
+    # positions that are added to the inputs stay float32 as these do (`FixedStep`)
+    allowed = {"float32": _added_positions(info.config)} if info.dtype == "fp16" else {}
+    if not weights.get(wanted):
+        yield f"its weights are of {_listed(weights) or 'no floating-point type'} instead of {wanted}"
+    elif any(count > allowed.get(name, 0) for name, count in others.items()):
+        yield f"its weights are {_listed(weights)} instead of {wanted} alone"
+
+
+def _products(info: RuntimeInfo) -> Iterator[str]:
+    products = info.readback.get("products")
+    if not products:
+        return
+    computed = compute_type(products, info.compute)
+    if computed != info.compute:
+        yield f"its products are computed in {computed}, but it says {info.compute}"
+    if info.dtype == "fp32" and computed != "fp32":
+        yield f"its products are computed in {computed} instead of fp32"
+    if info.dtype == "fp16" and computed != "fp16" and not info.device.startswith("cpu"):
+        yield f"its products are computed in {computed} instead of fp16 ({_listed(products)})"
+
+
+def _settings(info: RuntimeInfo) -> Iterator[str]:
+    for name, value in info.readback.get("settings", {}).items():
+        claimed = info.config.ext_len if name == "ext_len" else getattr(info, name)
+        if value != claimed:
+            yield f"its `{name}` is {value} instead of {claimed}"
+
+
+def _records(info: RuntimeInfo, recorded: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """Compare with what a manifest records of the same: whether there is any float16, as a CPU computes products of fp16 in fp32."""
+    weights, products = info.readback.get("weights"), info.readback.get("products")
+    for part, found in (("weights", weights), ("products", products if info.compute == info.dtype else None)):
+        if part in recorded and found and ("float16" in recorded[part]) != ("float16" in found):
+            yield f"its manifest records {part} of {_listed(recorded[part])}, but there are {_listed(found)}"
+
+
+def _added_positions(config: ModelConfig) -> int:
+    return config.n_layer if config.attn_type in ("sinusoidal", "learned") else 0
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+# What an ONNX file stores, read without loading it: fields of protobuf messages, by the numbers that onnx.proto gives them.
+
+_GRAPH, _INITIALIZER, _DIMS, _DATA_TYPE = 7, 5, 1, 2
+_ONNX_FLOATS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
+
+
+def stored_matrices(path: Path) -> dict[str, int]:
+    """Return the number of weights with two or more axes of each floating-point type in an ONNX file, whose values are skipped.
+
+    Raises:
+        ArtifactError: it is no ONNX file.
+    """
+    found: list[tuple[str, int]] = []
+    try:
+        with path.open("rb") as file:
+            for field, end in _fields(file, path.stat().st_size):
+                if field == _GRAPH:
+                    for inner, inner_end in _fields(file, end):
+                        if inner == _INITIALIZER:
+                            found.append(_tensor(file, inner_end))
+    except (EOFError, ValueError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read as ONNX: {error}.", remedy=_REMEDY) from error
+    return count_matrices(found)
+
+
+def _tensor(file: BinaryIO, end: int) -> tuple[str, int]:
+    """Return type and number of axes of one TensorProto."""
+    axes, dtype = 0, 0
+    for field, value_end in _fields(file, end):
+        if field == _DATA_TYPE:
+            dtype = _varint(file)
+        elif field == _DIMS:
+            while file.tell() < value_end:  # packed or not
+                _varint(file)
+                axes += 1
+    return _ONNX_FLOATS.get(dtype, ""), axes
+
+
+def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
+    """Yield number and end of each field of a message that ends at `end`; whatever of a field is not read is skipped."""
+    while file.tell() < end:
+        key = _varint(file)
+        wire_type = key & 7
+        if wire_type == 0:
+            start = file.tell()
+            _varint(file)
+            stop = file.tell()
+            file.seek(start)
+        elif wire_type == 2:
+            size = _varint(file)
+            stop = file.tell() + size
+        elif wire_type in (1, 5):
+            stop = file.tell() + (8 if wire_type == 1 else 4)
+        else:
+            raise ValueError(f"a field of type {wire_type}")
+        if stop > end:
+            raise EOFError("it ends within a field")
+        yield key >> 3, stop
+        file.seek(stop)
+
+
+def _varint(file: BinaryIO) -> int:
+    value = shift = 0
+    while True:
+        byte = file.read(1)
+        if not byte:
+            raise EOFError("it ends within a number")
+        value |= (byte[0] & 0x7F) << shift
+        shift += 7
+        if byte[0] < 0x80:
+            return value
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: one adapter over their Python packages, profiles, building, reading an engine back."""
