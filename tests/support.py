@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from tests.reference.naive_txl import random_parameters
@@ -129,3 +130,9 @@ def write_corpus(folder: Path, vocab_size: int, *, n_lines: int = 30, seed: int 
         lines = [" ".join(generator.choice(symbols, size=generator.integers(3, 9))) for _ in range(n_lines)]
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def trace_only(patch: pytest.MonkeyPatch) -> None:
+    """Let torch.compile trace as it always does, and run what it traced as it is: producing code takes half a minute a step."""
+    real = torch.compile
+    patch.setattr(torch, "compile", lambda model, **options: real(model, **(options | {"backend": "eager", "mode": None})))

@@ -37,6 +37,7 @@ WITHOUT_TORCH = (
     "txl_train/files.py",
     "txl_train/data/",
     "txl_deploy/manifest.py",
+    "txl_deploy/claims.py",
     "txl_deploy/doctor.py",
     "txl_deploy/compat.py",
     "txl_deploy/trt/cuda.py",

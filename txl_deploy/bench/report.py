@@ -21,7 +21,14 @@ from txl_train.errors import ArtifactError, EnvironmentUnfitError, UsageError
 from txl_train.files import whole_or_absent
 from txl_train.metrics import bits_per_char, perplexity
 
-RUNTIME_TITLES = {"pytorch": "PyTorch", "torchscript": "TorchScript", "onnx": "ONNX Runtime"}
+RUNTIME_TITLES = {
+    "pytorch": "PyTorch",
+    "compiled": "torch.compile",
+    "torchscript": "TorchScript",
+    "onnx": "ONNX Runtime",
+    "trt": "TensorRT",
+    "trt-rtx": "TensorRT-RTX",
+}
 DTYPE_TITLES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
 REFERENCE_MARK = " (reference)"
 MEMORY_TITLES = {"kv": "key/value memory", "hidden": "hidden-state memory"}
@@ -63,10 +70,16 @@ def group_series(rows: Sequence[Row]) -> list[Series]:
     for row in rows:
         groups.setdefault((row.series, row.lengths, row.boundary, row.is_reference), []).append(row)
     firsts = [group[0] for group in groups.values()]
-    labels = [RUNTIME_TITLES.get(row.runtime, row.runtime) + (REFERENCE_MARK if row.is_reference else "") for row in firsts]
+    of_one_dtype = len({row.dtype for row in firsts}) == 1
+    labels = [
+        RUNTIME_TITLES.get(row.runtime, row.runtime)
+        + ("" if of_one_dtype else f" {DTYPE_TITLES.get(row.dtype, row.dtype)}")
+        + (REFERENCE_MARK if row.is_reference else "")
+        for row in firsts
+    ]
     details: tuple[Callable[[Row], str], ...] = (
-        lambda row: DTYPE_TITLES.get(row.dtype, row.dtype),
         lambda row: row.memory,
+        lambda row: "" if row.memory_dtype == row.dtype else f"{DTYPE_TITLES.get(row.memory_dtype, row.memory_dtype)} states",
         lambda row: row.provider,
         lambda row: f"tgt {row.tgt_len} mem {row.mem_len}",
         lambda row: row.artifact.name if row.artifact else "",
@@ -86,8 +99,9 @@ def group_series(rows: Sequence[Row]) -> list[Series]:
             ({}, row.provider),
             (DTYPE_TITLES, row.dtype),
             (MEMORY_TITLES, row.memory),
+            ({}, "" if row.memory_dtype == row.dtype else f"of {DTYPE_TITLES.get(row.memory_dtype, row.memory_dtype)}"),
         )
-        title = " · ".join(titles.get(name, name) for titles, name in named)
+        title = " · ".join(titles.get(name, name) for titles, name in named if name)
         series.append(Series(label, title, tuple(sorted(group, key=lambda row: row.batch_size))))
     return series
 

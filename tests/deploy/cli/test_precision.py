@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.deploy.conftest import Exports
-from tests.deploy.runtimes.test_compiled import trace_only
+from tests.support import trace_only
 from txl_deploy.cli.main import main
 from txl_deploy.export.artifact import ExportRequest, export_artifact
 from txl_deploy.parity.tolerances import TOLERANCES

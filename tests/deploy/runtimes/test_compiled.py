@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import build_model, small_config
+from tests.support import build_model, small_config, trace_only
 from txl_deploy.parity.rollout import compare, random_segments
 from txl_deploy.runtimes.compiled import CompiledRuntime
 from txl_deploy.runtimes.eager import EagerRuntime
@@ -18,12 +18,6 @@ from txl_train.errors import EnvironmentUnfitError
 
 TGT_LEN = 5
 CONFIG = small_config(n_layer=1, cutoffs=(5, 9, 16), div_val=2)
-
-
-def trace_only(patch: pytest.MonkeyPatch) -> None:
-    """Let torch.compile trace as it always does, and run what it traced as it is: producing code takes half a minute a step."""
-    real = torch.compile
-    patch.setattr(torch, "compile", lambda model, **options: real(model, **(options | {"backend": "eager", "mode": None})))
 
 
 def compiled(config: ModelConfig = CONFIG, **options: Any) -> CompiledRuntime:

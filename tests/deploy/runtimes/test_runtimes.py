@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from tests.deploy.conftest import TGT_LEN, Exports
-from tests.deploy.runtimes.test_compiled import trace_only
-from tests.support import random_ids, small_config
+from tests.support import random_ids, small_config, trace_only
 from txl_deploy.export.artifact import ExportRequest, export_artifact
 from txl_deploy.runtimes.base import Runtime, ShapeRangeError
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact, resolve_device
