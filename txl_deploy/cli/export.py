@@ -14,6 +14,7 @@ from txl_train.errors import EnvironmentUnfitError, UsageError
 if TYPE_CHECKING:
     from txl_deploy.export.artifact import Exported, ExportRequest
     from txl_deploy.manifest import Manifest
+    from txl_deploy.trt.artifact import EngineRequest
 
 TRT_FORMATS = ("trt", "trt-rtx")
 
@@ -33,7 +34,14 @@ TRT_FORMATS = ("trt", "trt-rtx")
     help="What to write. trt: an engine of TensorRT, or of TensorRT-RTX where only that can build for the target here; "
     "trt-rtx: of TensorRT-RTX.",
 )
-@click.option("--out", "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to make.")
+@click.option(
+    "--out",
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to make.  [default: beside the model, by its format, precision, head and target]",
+)
 @click.option(
     "--head",
     type=click.Choice(["nll", "logits", "log-probs"]),
@@ -57,7 +65,8 @@ TRT_FORMATS = ("trt", "trt-rtx")
 @click.option(
     "--target",
     metavar="NAME",
-    help="Of an engine: the GPU it is for, such as t4, v100 or h100; `txl doctor` lists them.  [default: this machine's]",
+    help="Of an engine: the GPU it is for, such as t4, v100 or h100; `txl doctor` lists them. portable: "
+    "of TensorRT-RTX, for GPUs from compute capability 8.0 on.  [default: this machine's]",
 )
 @click.option(
     "--kit", is_flag=True, help="Of an engine: write all that is needed to build it on the target, even where it could be built here."
@@ -67,6 +76,17 @@ TRT_FORMATS = ("trt", "trt-rtx")
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Of an engine: start from the timings of an earlier build.",
+)
+@click.option(
+    "--hardware-compatibility",
+    type=click.Choice(["none", "ampere-plus", "same-compute-capability"]),
+    help="Of a TensorRT engine: other GPUs it may run on, at some cost in speed.  [default: none]",
+)
+@click.option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    metavar="N",
+    help="Of an engine: how long the builder searches, 0 to 5.  [default: the builder's own]",
 )
 @click.option(
     "--keep-onnx",
@@ -79,11 +99,13 @@ TRT_FORMATS = ("trt", "trt-rtx")
 @threads_option
 @json_option
 @verbosity_options
+@click.pass_context
 def command(
+    context: click.Context,
     checkpoint: Path | None,
     artifact: Path | None,
     format_name: str,
-    out: Path,
+    out: Path | None,
     head: str,
     dtype: str | None,
     fp16: bool,
@@ -99,6 +121,8 @@ def command(
     target: str | None,
     kit: bool,
     timing_cache: Path | None,
+    hardware_compatibility: str | None,
+    optimization_level: int | None,
     keep_onnx: Path | None,
     dataset: str | None,
     data: Path | None,
@@ -114,20 +138,26 @@ def command(
 
     An engine that cannot be built here is not: the folder gets a kit that builds it on its target, and the exit code is 3.
     """
+    from txl_deploy.export import audit
     from txl_deploy.export.artifact import ExportRequest, export_artifact
     from txl_deploy.runtimes.registry import use_threads
 
     if fp16 and dtype == "fp32":
         raise UsageError("`--fp16` and `--dtype fp32` contradict each other.")
-    engine_only: dict[str, Any] = {"--artifact": artifact, "--batch-range": batch_range, "--target": target, "--timing-cache": timing_cache}
-    engine_only |= {"--keep-onnx": keep_onnx, "--kit": kit or None}
-    if format_name not in TRT_FORMATS:
-        given = [name for name, value in engine_only.items() if value is not None]
-        if given:
-            raise UsageError(
-                f"`{given[0]}` is for engines, not for `--format {format_name}`.", remedy="Leave it out, or use `--format trt`."
-            )
-    elif batch_size is not None and batch_range is not None:
+    engine_only = {
+        "--artifact": artifact,
+        "--batch-range": batch_range,
+        "--target": target,
+        "--kit": kit or None,
+        "--timing-cache": timing_cache,
+        "--hardware-compatibility": hardware_compatibility,
+        "--optimization-level": optimization_level,
+        "--keep-onnx": keep_onnx,
+    }
+    given = [name for name, value in engine_only.items() if value is not None]
+    if format_name not in TRT_FORMATS and given:
+        raise UsageError(f"`{given[0]}` is for engines, not for `--format {format_name}`.", remedy="Leave it out, or use `--format trt`.")
+    if batch_size is not None and batch_range is not None:
         raise UsageError("`--batch-size` and `--batch-range` contradict each other.", remedy="Give one of them.")
     if (checkpoint is None) == (artifact is None):
         raise UsageError(
@@ -135,9 +165,35 @@ def command(
             remedy="Give `--checkpoint FILE`, or `--artifact DIR` to build an engine from ONNX.",
         )
     use_threads(threads)
+    changes: dict[str, Any] = {
+        "memory": memory,
+        "tgt_len": tgt_len,
+        "mem_len": mem_len,
+        "ext_len": ext_len,
+        "clamp_len": clamp_len,
+        "same_length": same_length,
+        "memory_dtype": memory_dtype,
+        "dataset": dataset,
+        "data": data,
+    }
+    if artifact is not None:
+        head_given = head if context.get_parameter_source("head") is click.core.ParameterSource.COMMANDLINE else None
+        fixed = {**changes, "head": head_given, "dtype": dtype, "fp16": fp16 or None, "keep_onnx": keep_onnx}
+        for name, value in fixed.items():
+            if value is not None:
+                raise UsageError(
+                    f"`--{name.replace('_', '-')}` says how to export a checkpoint, and the graph in {artifact} is exported already.",
+                    remedy="Leave it out, or give `--checkpoint FILE`.",
+                )
     chosen_dtype = dtype or ("fp16" if fp16 or format_name in TRT_FORMATS else "fp32")
-    changes: dict[str, Any] = {"memory": memory, "tgt_len": tgt_len, "mem_len": mem_len, "ext_len": ext_len, "clamp_len": clamp_len}
-    changes |= {"same_length": same_length, "memory_dtype": memory_dtype, "dataset": dataset, "data": data, "batch_size": batch_size}
+    model = checkpoint or artifact
+    assert model is not None
+    details = [
+        chosen_dtype if chosen_dtype == "fp16" and format_name not in TRT_FORMATS else "",
+        "" if head == "nll" else head,
+        target or "",
+    ]
+    out = out or model.parent / "-".join([format_name, *filter(None, details)])
     request: ExportRequest | None = None
     if checkpoint is not None:
         request = ExportRequest(
@@ -146,18 +202,31 @@ def command(
             format=cast(Literal["onnx", "torchscript"], format_name),
             head=cast(Any, head.replace("-", "_")),
             dtype=cast(Any, chosen_dtype),
+            batch_size=batch_size,
             overwrite=overwrite,
             command=command_line(),
             **changes,
         )
     if format_name in TRT_FORMATS:
-        own = {f"--{name.replace('_', '-')}": value for name, value in changes.items()} | {"--dtype": dtype, "--fp16": fp16 or None}
-        fixed = [name for name, value in own.items() if value is not None and name != "--batch-size"]
-        if artifact is not None and fixed:
-            raise UsageError(f"`{fixed[0]}` is fixed in an exported graph.", remedy="Leave it out, or export from the checkpoint.")
-        _export_engine(
-            request, artifact, format_name, out, batch_range or batch_size, target, kit, timing_cache, keep_onnx, overwrite, as_json
+        from txl_deploy.trt.artifact import EngineRequest
+        from txl_deploy.trt.profiles import parse_batch_range
+
+        engine = EngineRequest(
+            graph=artifact,
+            checkpoint=request,
+            out=out,
+            rtx_only=format_name == "trt-rtx",
+            batch=parse_batch_range(batch_range or batch_size),
+            target=target,
+            kit=kit,
+            timing_cache=timing_cache,
+            hardware_compatibility=(hardware_compatibility or "none").replace("-", "_"),
+            optimization_level=optimization_level,
+            keep_onnx=keep_onnx,
+            overwrite=overwrite,
+            command=command_line(),
         )
+        _export_engine(engine, as_json)
         return
     assert request is not None
     exported = export_artifact(request)
@@ -166,49 +235,24 @@ def command(
         return
     for line in _summary(exported.directory, exported.manifest):
         click.echo(line)
+    if exported.manifest.audit is not None:
+        click.echo(audit.line(exported.manifest.audit))
     if exported.parity is None:
         click.echo("Not compared with the checkpoint: the package that runs it is not installed here (`txl doctor`).", err=True)
     else:
         click.echo(f"Compared with the checkpoint over {exported.parity.n_segments} segments of random tokens: {exported.parity.reason}.")
 
 
-def _export_engine(
-    request: ExportRequest | None,
-    artifact: Path | None,
-    format_name: str,
-    out: Path,
-    batch: str | int | None,
-    target: str | None,
-    kit: bool,
-    timing_cache: Path | None,
-    keep_onnx: Path | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    from txl_deploy.trt.artifact import EngineRequest, export_engine
-    from txl_deploy.trt.profiles import parse_batch_range
+def _export_engine(request: EngineRequest, as_json: bool) -> None:
+    from txl_deploy.trt.artifact import export_engine
 
-    result = export_engine(
-        EngineRequest(
-            graph=artifact,
-            checkpoint=request,
-            out=out,
-            rtx_only=format_name == "trt-rtx",
-            batch=parse_batch_range(batch),
-            target=target,
-            kit=kit,
-            timing_cache=timing_cache,
-            keep_onnx=keep_onnx,
-            overwrite=overwrite,
-            command=command_line(),
-        )
-    )
+    result = export_engine(request)
     if as_json:
         echo_json(result.describe())
     else:
         for line in result.lines():
             click.echo(line)
-    if result.kit is not None and not kit:
+    if result.kit is not None and not request.kit:
         raise EnvironmentUnfitError(
             f"The engine was not built here: {result.why_not}. {result.directory} holds a kit that builds it on {result.target}.",
             remedy=f"Copy the folder there and run `{result.build_command}`.",

@@ -197,7 +197,7 @@ def _row(item: dict[str, Any]) -> str:
     """Return a tensor, or anything else with a few values by name, as one line."""
     if {"name", "dtype", "axes"} <= item.keys():
         return f"{item['name']}  {item['dtype']}  [{', '.join(map(str, item['axes']))}]"
-    values = [f"{key} {value}" for key, value in item.items() if key != "name"]
+    values = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in item.items() if key != "name"]
     return "  ".join([str(item.get("name", "")), *values]).strip()
 
 

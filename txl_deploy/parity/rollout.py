@@ -185,7 +185,9 @@ def compare(
         if on_step is not None:
             on_step(number + 1)
     mean_delta, rms_delta = totals.delta / max(totals.n_compared, 1), totals.rms()
-    bounds = chosen.bounds(largest_nll=totals.largest_nll, mean_nll=totals.compared_nll / max(totals.n_compared, 1))
+    n_compared = max(totals.n_compared, 1)
+    noise = rms_delta / math.sqrt(n_compared)
+    bounds = chosen.bounds(largest_nll=totals.largest_nll, mean_nll=totals.compared_nll / n_compared, noise=noise)
     memory_error = max(part.memory_error for part in parts)
     passed, reason = _judge(worst, worst_at, rms_delta, mean_delta, memory_error, bounds, unit)
     return ParityResult(

@@ -60,6 +60,10 @@ class EngineRequest:
     """Write a kit even where the engine could be built here."""
     timing_cache: Path | None = None
     """Timings of an earlier build to begin with."""
+    hardware_compatibility: str = "none"
+    """Of TensorRT: none, ampere_plus or same_compute_capability: other GPUs on which the engine may run."""
+    optimization_level: int | None = None
+    """0 to 5, a longer search the higher; None keeps the builder's own."""
     keep_onnx: Path | None = None
     """Where the ONNX artifact of a checkpoint is to stay."""
     overwrite: bool = False
@@ -195,8 +199,14 @@ def export_engine(request: EngineRequest) -> EngineExported:
     manifest = None if request.graph is None else _graph_manifest(request.graph)
     dtype = _dtype_of(request, manifest)
     choice = _choose(request, dtype, compat.this_machine())
+    _check_compatibility(request, choice)
     spec = EngineSpec(
-        package=choice.plan.stack.builder, batch=request.batch, compute_capability=choice.compute_capability, timing_cache=timings
+        package=choice.plan.stack.builder,
+        batch=request.batch,
+        compute_capability=choice.compute_capability,
+        hardware_compatibility=request.hardware_compatibility,
+        optimization_level=request.optimization_level,
+        timing_cache=timings,
     )
     builds_here = choice.plan.here and not request.kit
     if manifest is not None:
@@ -289,6 +299,25 @@ def _choose_portable(request: EngineRequest, machine: Machine) -> _Choice:
     return _Choice(PORTABLE, Plan(stack, True), None, None)
 
 
+def _check_compatibility(request: EngineRequest, choice: _Choice) -> None:
+    """Refuse a hardware compatibility that the builder or the target does not have."""
+    wanted, stack = request.hardware_compatibility, choice.plan.stack
+    if wanted == "none":
+        return
+    option = f"`--hardware-compatibility {wanted.replace('_', '-')}`"
+    if stack.builder != "tensorrt":
+        raise UsageError(
+            f"{stack.builder_name} has no {option}.",
+            remedy="Leave it out; `--target portable` is for several GPUs, and `--kit` for TensorRT.",
+        )
+    if wanted == "ampere_plus" and tuple(map(int, stack.compute_capability.split("."))) < (8, 0):
+        raise UsageError(
+            f"{option} is for compute capability 8.0 and newer, and {choice.target} has {stack.compute_capability}.", remedy="Leave it out."
+        )
+    if wanted == "same_compute_capability" and tuple(map(int, stack.builder_version.split(".")[:2])) < (10, 13):
+        raise UsageError(f"{option} begins with TensorRT 10.13, and {choice.target} has {stack.builder_version}.", remedy="Leave it out.")
+
+
 def _check(manifest: Manifest, spec: EngineSpec, builds_here: bool) -> None:
     """Refuse what cannot be built of this graph, for milliseconds."""
     if builds_here:
@@ -326,6 +355,8 @@ def _write_kit(request: EngineRequest, graph: Path, manifest: Manifest, choice: 
             profiles=profiles_for(signature_of(manifest), request.batch, manifest.settings.tgt_len),
             why_not=why_not,
             command=request.command,
+            hardware_compatibility=request.hardware_compatibility,
+            optimization_level=request.optimization_level,
         )
     return EngineExported(
         directory=request.out,

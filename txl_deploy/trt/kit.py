@@ -89,6 +89,8 @@ def write_kit(
     profiles: Sequence[Profile],
     why_not: str,
     command: str,
+    hardware_compatibility: str = "none",
+    optimization_level: int | None = None,
 ) -> KitInfo:
     """Write a kit into the empty folder `directory`.
 
@@ -99,6 +101,8 @@ def write_kit(
         profiles: of every input, checked (`profiles.check_profiles`).
         why_not: why the engine is not built here, as part of a sentence.
         command: the command line that asked for the engine.
+        hardware_compatibility: none, ampere_plus or same_compute_capability: other GPUs on which a TensorRT engine may run.
+        optimization_level: 0 to 5; None keeps the builder's own.
 
     Raises `ManifestError` where the artifact is not what its manifest says or holds no ONNX.
     """
@@ -124,6 +128,7 @@ def write_kit(
             builder_version=stack.builder_version,
             target=target.name,
             compute_capability=stack.compute_capability,
+            hardware_compatibility=hardware_compatibility,
             profiles=[profile.record() for profile in profiles],
         ),
     )
@@ -140,6 +145,7 @@ def write_kit(
         "driver": list(stack.driver),
         "graph": graph,
         "copied": copied,
+        "optimization_level": optimization_level,
         "manifest": dataclasses.asdict(manifest),
     }
     document["sha256"] = kit_build.checksum(document)

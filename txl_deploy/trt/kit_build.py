@@ -213,7 +213,12 @@ def build_plan(kit: SimpleNamespace, graph: Path) -> tuple[bytes, bytes | None, 
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is what a graph in fp32 claims
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that `txl` can read the precisions back
+    if kit.optimization_level is not None:
+        config.builder_optimization_level = kit.optimization_level
     rtx = kit.builder == "tensorrt_rtx"
+    compatibility = kit.manifest["engine"]["hardware_compatibility"]
+    if compatibility != "none":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.__members__[compatibility.upper()]
     if rtx:
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or a step cannot be captured as a CUDA graph
         config.num_compute_capabilities = 1
