@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,16 @@ def _one_torch_thread() -> None:
 def _ctrl_c_works() -> None:
     """Undo what a shell does to jobs in the background, continuous integration among them: it lets them ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _log_levels_of_its_own() -> Iterator[None]:
+    """Undo what a command sets with `-q` or `-v`: the tests of one process share the loggers."""
+    loggers = [logging.getLogger(name) for name in ("", "txl_train", "txl_deploy", "py.warnings", "torch.onnx._internal")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,7 @@ def test_only_the_first_process_says_something_unless_all_are_to_log(exports: Ex
 @pytest.mark.parametrize(
     ("arguments", "expected", "fragment"),
     [
-        (["--fp16"], 2, "not possible yet"),
+        (["--fp16", "--dtype", "fp32"], 2, "contradict each other"),
         (["--data", "nowhere"], 2, "no folder nowhere"),
         (["--batch-size", "1"], 2, "too few to give each of 2 processes one"),
         (["--manual", "word3 word4"], 2, "too few to give each of 2 processes one"),

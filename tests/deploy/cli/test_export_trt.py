@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,29 @@ def test_a_kit_that_was_asked_for_ends_with_0(fp16_onnx: Path, tmp_path: Path, c
         (["--format", "trt", "--target", "t4", "--batch-range", "some"], 2, "`some` is no range of batch sizes"),
         (["--format", "trt", "--target", "t4", "--timing-cache", "absent.cache"], 2, "absent.cache cannot be read"),
         (["--format", "trt-rtx", "--target", "v100"], 3, "TensorRT-RTX builds no engine for v100"),
-        (["--format", "trt", "--target", "t4", "--mem-len", "4"], 2, "`--mem-len` is fixed in an exported graph"),
+        (["--format", "trt", "--target", "t4", "--mem-len", "4"], 2, "`--mem-len` says how to export a checkpoint"),
+        (["--format", "trt", "--target", "t4", "--head", "nll"], 2, "`--head` says how to export a checkpoint"),
+        (["--format", "trt", "--target", "t4", "--hardware-compatibility", "ampere-plus"], 2, "TensorRT-RTX 1.7.1.116 has no `--hardware-"),
+        (["--format", "trt", "--target", "t4", "--kit", "--hardware-compatibility", "ampere-plus"], 2, "t4 has 7.5"),
+        (["--format", "trt", "--target", "v100", "--hardware-compatibility", "same-compute-capability"], 2, "begins with TensorRT 10.13"),
+        (["--format", "onnx", "--hardware-compatibility", "none"], 2, "is for engines, not for `--format onnx`"),
+        (["--format", "trt", "--batch-size", "4", "--batch-range", "1,2,4"], 2, "contradict each other"),
     ],
-    ids=["unknown target", "no target", "falling range", "no range", "no timings", "no such engine", "a length"],
+    ids=[
+        "unknown target",
+        "no target",
+        "falling range",
+        "no range",
+        "no timings",
+        "no such engine",
+        "a length",
+        "a head",
+        "no compatibility of that builder",
+        "no compatibility of that GPU",
+        "no compatibility of that version",
+        "no engine",
+        "two ranges",
+    ],
 )
 def test_what_cannot_be_is_told_before_any_work(
     fp16_onnx: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, options: list[str], code: int, told: str
@@ -100,6 +121,17 @@ def test_what_cannot_be_is_told_before_any_work(
     assert told in captured.err
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_folder_it_is_named_for_what_is_in_it(fp16_onnx: Path, tmp_path: Path, capsys: Capture) -> None:
+    graph = tmp_path / "graph"
+    shutil.copytree(fp16_onnx, graph)
+    options = ["--target", "a100", "--kit", "--hardware-compatibility", "ampere-plus", "--optimization-level", "3"]
+    assert main(["export", "--artifact", str(graph), "--format", "trt", *options]) == 0
+    capsys.readouterr()
+    kit = json.loads((tmp_path / "trt-a100" / "kit.json").read_text())
+    assert kit["manifest"]["engine"]["hardware_compatibility"] == "ampere_plus"
+    assert kit["optimization_level"] == 3
 
 
 def test_a_graph_of_fp32_is_refused_for_turing_with_the_option_that_mends_it(exports: Exports, tmp_path: Path, capsys: Capture) -> None:

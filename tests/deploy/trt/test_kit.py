@@ -428,7 +428,13 @@ def test_every_name_that_the_script_uses_exists_in(release: str, monkeypatch: py
         builder_pin=release,
         builder_version=fake.module.__version__,
         compute_capability="7.5",
-        manifest={"engine": {"profiles": [dataclasses.asdict(profile.record()) for profile in PROFILES]}},
+        optimization_level=4,
+        manifest={
+            "engine": {
+                "profiles": [dataclasses.asdict(profile.record()) for profile in PROFILES],
+                "hardware_compatibility": "none" if fake.package == "tensorrt_rtx" else "ampere_plus",
+            }
+        },
     )
     plan, cache, precisions = kit_build.build_plan(kit, Path("model.onnx"))
     assert plan == PLAN
