@@ -14,7 +14,7 @@ SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # Ubuntu keeps no older versions of its packages, so only the release is pinned, by the base image.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates git python3.12 python3.12-venv \
+    && apt-get install --yes --no-install-recommends ca-certificates g++ git python3.12 python3.12-dev python3.12-venv \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 txl \
     && install --directory --owner txl /opt/txl /workspace

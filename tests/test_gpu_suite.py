@@ -141,7 +141,9 @@ def test_what_this_machine_cannot_run_is_skipped_with_its_reason(monkeypatch: py
     suite = gpu_suite.Suite(gpu_suite.BASE, tmp_path, n_devices=1)
     script = "import sys; print('Error: there is no GPU', file=sys.stderr); sys.exit(int(sys.argv[1]))"
     monkeypatch.setattr(gpu_suite, "txl_command", lambda arguments, processes: [sys.executable, "-c", script, *arguments])
-    assert [(step.status, step.reason) for step in (suite.run("unfit", ["3"]), suite.run("broken", ["1"]))] == [
+    steps = (suite.run("unfit", ["3"], may_be_unfit=True), suite.run("engine", ["3"]), suite.run("broken", ["1"], may_be_unfit=True))
+    assert [(step.status, step.reason) for step in steps] == [
         ("skipped", "exit code 3: Error: there is no GPU"),
+        ("failed", "exit code 3: Error: there is no GPU"),
         ("failed", "exit code 1: Error: there is no GPU"),
     ]

@@ -6,9 +6,13 @@ Runtimes read back what they can, as plain values in `RuntimeInfo.readback`, and
 * `products`: matrix products of each type that they are computed in;
 * `nodes`: nodes of a graph on each provider, and `elsewhere` those that compute on matrices outside the provider asked for, by operator;
 * `layers`: layers of an engine of each type;
-* `settings`: what a script says of itself.
+* `package`: what opened an engine;
+* `settings`: what a script or a graph says of itself.
 
-What is not there could not be read back and is not judged. Knows the names of types, formats and providers; opens no runtime.
+What is not there could not be read back and is not judged, except of an engine: a part of its layers is fused into what tells no type, so
+where no product can be read the layers are judged, and where nothing can be read the engine does not pass.
+
+Knows the names of types, formats and providers; opens no runtime.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from txl_train.errors import ArtifactError, ValidationError
+from txl_train.errors import ArtifactError, ManifestError, ValidationError
 
 if TYPE_CHECKING:
     from txl_deploy.manifest import Manifest
@@ -32,6 +36,9 @@ MODEL_FILES = {"onnx": "model.onnx", "torchscript": "model.pt", "trt": "model.pl
 
 BUILDERS = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
 """The package that builds and runs engines of each format."""
+
+UNKNOWN = "unknown"
+"""The type of what could not be read back."""
 
 _REMEDY = "Export the checkpoint again with `txl export`."
 
@@ -60,14 +67,14 @@ def audit(info: RuntimeInfo, manifest: Manifest | None = None) -> None:
     Raises:
         ValidationError: naming every claim that is not so.
     """
-    wrong = [*_placement(info), *_weights(info), *_products(info), *_settings(info)]
+    wrong = [*_placement(info), *_weights(info), *_products(info), *_layers(info), *_settings(info, manifest)]
     if manifest is not None:
-        wrong += _records(info, manifest.precisions)
+        wrong += [*_records(info, manifest.precisions), *_engine_records(info, manifest.precisions)]
     if wrong:
         raise ValidationError(f"{info.origin or 'This model'} is not what it claims to be: {'; '.join(wrong)}.", remedy=_REMEDY)
 
 
-def compute_type(products: Mapping[str, int], default: str) -> str:
+def compute_type(products: Mapping[str, int], default: str = UNKNOWN) -> str:
     """Return what `--dtype` calls the type of these products; of several types all of them, and `default` of none."""
     return "+".join(sorted(FLOATS.get(name, name) for name, count in products.items() if count)) or default
 
@@ -114,6 +121,9 @@ def _weights(info: RuntimeInfo) -> Iterator[str]:
 
 
 def _products(info: RuntimeInfo) -> Iterator[str]:
+    if info.dtype == "fp32" and info.compute == "tf32":
+        yield "its products are computed in tf32 instead of fp32"
+        return
     products = info.readback.get("products")
     if not products:
         return
@@ -126,11 +136,29 @@ def _products(info: RuntimeInfo) -> Iterator[str]:
         yield f"its products are computed in {computed} instead of fp16 ({_listed(products)})"
 
 
-def _settings(info: RuntimeInfo) -> Iterator[str]:
+def _layers(info: RuntimeInfo) -> Iterator[str]:
+    """Judge an engine none of whose products could be read by what its layers yield."""
+    found = info.readback
+    if info.name not in BUILDERS or "package" not in found or found.get("products"):
+        return
+    layers = {name: count for name, count in found.get("layers", {}).items() if name in FLOATS and count}
+    narrow = {name for name in ("float16", "bfloat16") if name in layers}
+    if not layers:
+        yield f"nothing of it could be read back, neither products nor layers ({_listed(found.get('layers', {})) or 'no layer'})"
+    elif info.dtype == "fp16" and "float16" not in layers:
+        yield f"none of its layers is of float16 ({_listed(layers)})"
+    elif info.dtype == "fp32" and narrow - ({"float16"} if info.memory_dtype == "fp16" else set()):
+        yield f"its layers are of {_listed(layers)} instead of float32"
+
+
+def _settings(info: RuntimeInfo, manifest: Manifest | None) -> Iterator[str]:
+    """Compare with what the runtime says and, where there is one, with what the manifest says: the two may differ as well."""
     for name, value in info.readback.get("settings", {}).items():
-        claimed = info.config.ext_len if name == "ext_len" else getattr(info, name)
-        if value != claimed:
-            yield f"its `{name}` is {value} instead of {claimed}"
+        places = [info, info.config] if manifest is None else [info, info.config, manifest.settings, manifest]
+        for claimed in [getattr(place, name) for place in places if hasattr(place, name)]:
+            if value != claimed and (name, claimed) != ("checkpoint_sha256", None):  # opened without a manifest
+                yield f"its `{name}` is {value} instead of {claimed}"
+                break
 
 
 def _records(info: RuntimeInfo, recorded: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
@@ -139,6 +167,24 @@ def _records(info: RuntimeInfo, recorded: Mapping[str, Mapping[str, int]]) -> It
     for part, found in (("weights", weights), ("products", products if info.compute == info.dtype else None)):
         if part in recorded and found and ("float16" in recorded[part]) != ("float16" in found):
             yield f"its manifest records {part} of {_listed(recorded[part])}, but there are {_listed(found)}"
+
+
+def _engine_records(info: RuntimeInfo, recorded: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """Compare an engine with what was read of it when it was built, and what it was built of with its claim where nothing was read."""
+    if info.name not in BUILDERS:
+        return
+    types = {part: {name for name, count in counts.items() if name in FLOATS and count} for part, counts in recorded.items()}
+    wanted = next(name for name, short in FLOATS.items() if short == info.dtype)
+    products, layers = info.readback.get("products", {}), info.readback.get("layers", {})
+    engine = types.get("engine_products")
+    if engine and products and engine != set(products):
+        yield f"its manifest records products of {_listed(recorded['engine_products'])}, but there are {_listed(products)}"
+    network = types.get("network_products")
+    if not engine and network and network != {wanted}:
+        yield f"it was built of a network with products of {_listed(recorded['network_products'])} instead of {wanted}"
+    known = types.get("engine_layers")
+    if known and FLOATS.keys() & layers.keys() and ("float16" in known) != ("float16" in layers):
+        yield f"its manifest records layers of {_listed(recorded['engine_layers'])}, but there are {_listed(layers)}"
 
 
 def _added_positions(config: ModelConfig) -> int:
@@ -151,7 +197,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 # What an ONNX file stores, read without loading it: fields of protobuf messages, by the numbers that onnx.proto gives them.
 
-_GRAPH, _INITIALIZER, _DIMS, _DATA_TYPE = 7, 5, 1, 2
+_GRAPH, _INITIALIZER, _DIMS, _DATA_TYPE, _EXTERNAL_DATA = 7, 5, 1, 2, 13
 _ONNX_FLOATS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
 
 
@@ -161,7 +207,24 @@ def stored_matrices(path: Path) -> dict[str, int]:
     Raises:
         ArtifactError: it is no ONNX file.
     """
-    found: list[tuple[str, int]] = []
+    return count_matrices([(dtype, axes) for dtype, axes, _ in _initializers(path)])
+
+
+def check_external_files(path: Path, manifest: Manifest) -> None:
+    """Make sure that an ONNX file takes weights from no other files than those the manifest lists, and so has checksums of.
+
+    Raises:
+        ManifestError: it names another one.
+        ArtifactError: it is no ONNX file.
+    """
+    strangers = sorted({location for *_, location in _initializers(path) if location and location not in manifest.files})
+    if strangers:
+        raise ManifestError(f"{path} takes weights from {strangers[0]}, which its manifest does not list.", remedy=_REMEDY)
+
+
+def _initializers(path: Path) -> list[tuple[str, int, str]]:
+    """Return type, number of axes and file (empty: the graph itself) of each weight of an ONNX file."""
+    found: list[tuple[str, int, str]] = []
     try:
         with path.open("rb") as file:
             for field, end in _fields(file, path.stat().st_size):
@@ -171,12 +234,12 @@ def stored_matrices(path: Path) -> dict[str, int]:
                             found.append(_tensor(file, inner_end))
     except (EOFError, ValueError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read as ONNX: {error}.", remedy=_REMEDY) from error
-    return count_matrices(found)
+    return found
 
 
-def _tensor(file: BinaryIO, end: int) -> tuple[str, int]:
-    """Return type and number of axes of one TensorProto."""
-    axes, dtype = 0, 0
+def _tensor(file: BinaryIO, end: int) -> tuple[str, int, str]:
+    """Return type, number of axes and file of one TensorProto."""
+    axes, dtype, location = 0, 0, ""
     for field, value_end in _fields(file, end):
         if field == _DATA_TYPE:
             dtype = _varint(file)
@@ -184,7 +247,10 @@ def _tensor(file: BinaryIO, end: int) -> tuple[str, int]:
             while file.tell() < value_end:  # packed or not
                 _varint(file)
                 axes += 1
-    return _ONNX_FLOATS.get(dtype, ""), axes
+        elif field == _EXTERNAL_DATA:
+            entry = {key: file.read(stop - file.tell()).decode() for key, stop in _fields(file, value_end)}
+            location = entry.get(2, "") if entry.get(1) == "location" else location
+    return _ONNX_FLOATS.get(dtype, ""), axes, location
 
 
 def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, cast
 
 import yaml
 
-from txl_deploy.trt.cuda import Gpu, devices
+from txl_deploy.trt.cuda import Gpu, devices, visible_name
 from txl_train.errors import ConfigError, EnvironmentUnfitError, UsageError, nearest
 
 Builder = Literal["tensorrt", "tensorrt_rtx"]
@@ -161,7 +161,7 @@ class Plan:
     problems: tuple[Problem, ...] = ()
     """Why not here."""
     hint: str | None = None
-    """A command after which another stack would do it here; None where there is none."""
+    """What to do so that another stack would do it here, as part of a sentence; None where there is nothing."""
 
     @property
     def why_not(self) -> str | None:
@@ -259,7 +259,11 @@ def plan(target: Target, machine: Machine, *, rtx_only: bool = False, dtype: str
             return Plan(stack, True)
     stack, reasons = next((pair for pair in found if all(problem.kind != "driver" for problem in pair[1])), found[0])
     only_package = [other for other in found if other[0] is not stack and [problem.kind for problem in other[1]] == ["package"]]
-    return Plan(stack, False, tuple(reasons), only_package[0][1][0].remedy if only_package else None)
+    hint = only_package[0][1][0].remedy if only_package else None
+    by_dtype = [other for other in stacks if other not in able and not problems(other, machine)]
+    if hint is None and by_dtype and not kit:
+        hint = f"an export with `--dtype fp16`, since {by_dtype[0].builder_name} takes no {dtype} for it"
+    return Plan(stack, False, tuple(reasons), hint)
 
 
 def _wrong_dtype(stack: Stack, dtype: str) -> Problem:
@@ -282,7 +286,7 @@ def _gpu_problems(stack: Stack, machine: Machine) -> list[Problem]:
         cause = f"it needs a GPU of {wanted}, and the {gpu.name} has {gpu.compute_capability}"
         fitting = next((other for other in machine.gpus if other.compute_capability == stack.compute_capability), None)
         if fitting is not None:
-            return [Problem("gpu", f"{cause}; the {fitting.name} fits", f"export CUDA_VISIBLE_DEVICES={fitting.index}")]
+            return [Problem("gpu", f"{cause}; the {fitting.name} fits", f"export CUDA_VISIBLE_DEVICES={visible_name(fitting.index)}")]
         return [Problem("gpu", cause, f"Run it on a machine with such a GPU (target {stack.target}).")]
     oldest, newest = stack.driver
     series = None if gpu.driver is None else _number(gpu.driver)[0]

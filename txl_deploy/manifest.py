@@ -28,6 +28,8 @@ PARENT_FILE = "parent.json"
 """The manifest of the graph that an engine was built from, kept beside the engine."""
 
 Format = Literal["onnx", "torchscript", "trt", "trt-rtx"]
+MODEL_FILES: dict[str, str] = {"onnx": "model.onnx", "torchscript": "model.pt", "trt": "model.plan", "trt-rtx": "model.plan"}
+"""The file that each format keeps the model in."""
 Dtype = Literal["fp32", "fp16"]
 
 
@@ -180,6 +182,10 @@ class Manifest:
     def __post_init__(self) -> None:
         if (self.engine is not None) != (self.format in ("trt", "trt-rtx")):
             raise ManifestError(f"`engine` must be there for engines and for nothing else, but `format` is {self.format}.")
+        if (self.engine is not None) != (self.source.parent is not None):
+            raise ManifestError(f"`source.parent` must be there for engines and for nothing else, but `format` is {self.format}.")
+        if self.engine is not None and (self.batch.max is None or self.source.parent is None or self.source.parent.format != "onnx"):
+            raise ManifestError("An engine must have a largest batch, and an ONNX graph that it was built from.")
         for name in self.files:
             _check_file_name(name)
         for where, value in (
@@ -249,7 +255,14 @@ def _read(directory: Path, path: Path) -> Manifest:
     remedy = "Export the checkpoint again with `txl export`."
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if directory.is_file():
+            raise ManifestError(f"{directory} is a file.", remedy=f"Give the exported model's folder: {directory.parent}.") from error
+        if (directory / "kit.json").exists():
+            raise ManifestError(
+                f"{directory} is a kit that builds an engine on its target, and no exported model yet.",
+                remedy=f"Run `sh build.sh` in it there, and give {directory / 'engine'}.",
+            ) from error
         if not directory.exists():
             raise ManifestError(
                 f"There is no folder {directory}.", remedy="Give the folder that `txl export --out` has written."
@@ -340,8 +353,9 @@ def unlisted(directory: Path, manifest: Manifest) -> list[str]:
 
 def _findings(directory: Path, manifest: Manifest, checkpoint: Path | None) -> list[Finding]:
     findings = []
-    if not manifest.files:
-        findings.append(Finding(FILE_NAME, "missing", "lists no file, so there is no model"))
+    model = MODEL_FILES[manifest.format]
+    if model not in manifest.files:
+        findings.append(Finding(FILE_NAME, "missing", f"lists no {model}, so there is no model"))
     for name, record in manifest.files.items():
         finding = _examine(directory, name, record)
         if finding is not None:

@@ -17,10 +17,10 @@ from txl_deploy import claims
 from txl_deploy import manifest as manifests
 from txl_deploy.cli.main import main
 from txl_deploy.export.artifact import ExportRequest, export_artifact
-from txl_deploy.manifest import EngineFacts, Manifest
+from txl_deploy.manifest import BatchRange, EngineFacts, Manifest, Parent
 from txl_deploy.runtimes.base import RuntimeInfo
 from txl_deploy.runtimes.registry import open_artifact
-from txl_train.errors import ArtifactError, ValidationError
+from txl_train.errors import ArtifactError, ManifestError, ValidationError
 
 
 def info_of(**changes: Any) -> RuntimeInfo:
@@ -43,6 +43,14 @@ CUDA = {"provider": "CUDAExecutionProvider", "device": "cuda:0"}
 HALF = {"dtype": "fp16", "memory_dtype": "fp16"}
 HALF_ON_GPU = CUDA | HALF | {"compute": "fp16"}
 
+ENGINE_16 = {"name": "trt", "provider": "trt", "device": "cuda:0", **HALF, "compute": "fp16"}
+ENGINE_32 = {"name": "trt-rtx", "provider": "trt-rtx", "device": "cuda:0", "compute": "unknown"}
+
+
+def read(**found: Any) -> dict[str, Any]:
+    return {"readback": {"package": "tensorrt", **found}}
+
+
 HONEST = {
     "fp32 on a CPU": {},
     "fp16 that a CPU computes in fp32": HALF | {"readback": {"weights": {"float16": 20}, "products": {"float32": 17}}},
@@ -59,6 +67,11 @@ HONEST = {
     "positions that stay fp32": HALF
     | {"config": small_config(attn_type="sinusoidal"), "readback": {"weights": {"float16": 20, "float32": 2}, "products": {"float32": 9}}},
     "nothing read back": {"readback": {}},
+    "an engine whose products are fused": ENGINE_16 | {"compute": "unknown"} | read(products={}, layers={"float16": 3, "unknown": 5}),
+    "an engine of fp32 that is fused": ENGINE_32 | read(products={}, layers={"float32": 8, "int64": 2}),
+    "an engine of fp32 with a memory of fp16": ENGINE_32 | {"memory_dtype": "fp16"} | read(layers={"float32": 8, "float16": 2}),
+    "a graph of other makers": {"readback": {"settings": {}}},
+    "a graph that says what it is": {"readback": {"settings": {"clamp_len": None, "same_length": False, "checkpoint_sha256": "a"}}},
 }
 
 LIES = {
@@ -72,7 +85,25 @@ LIES = {
     "fp16 with one fp32 matrix": (HALF | {"readback": {"weights": {"float16": 19, "float32": 1}}}, "19 float16, 1 float32"),
     "fp32 over fp16 weights": ({"readback": {"weights": {"float16": 20}}}, "weights are of 20 float16 instead of float32"),
     "no matrix at all": ({"readback": {"weights": {}}}, "no floating-point type"),
-    "TF32": (CUDA | {"compute": "tf32", "readback": {"products": {"float32": 17}}}, "computed in fp32, but it says tf32"),
+    "TF32": (CUDA | {"compute": "tf32", "readback": {"products": {"float32": 17}}}, "computed in tf32 instead of fp32"),
+    "TF32 in PyTorch": (
+        {"name": "pytorch", "provider": "eager", "device": "cuda:0", "compute": "tf32", "readback": {"weights": {"float32": 20}}},
+        "computed in tf32 instead of fp32",
+    ),
+    "an engine of which nothing was read": (ENGINE_16 | read(products={}, layers={"unknown": 7}), "nothing of it could be read back"),
+    "an engine without layers": (ENGINE_32 | read(), "nothing of it could be read back, neither products nor layers (no layer)"),
+    "a fused engine that is not in fp16": (ENGINE_16 | read(products={}, layers={"float32": 7}), "none of its layers is of float16 (7 f"),
+    "a fused engine that is not in fp32": (
+        ENGINE_32 | read(layers={"float32": 7, "float16": 1}),
+        "layers are of 7 float32, 1 float16 inst",
+    ),
+    "a fused engine in bfloat16": (
+        ENGINE_32 | {"memory_dtype": "fp16"} | read(layers={"float32": 7, "bfloat16": 1}),
+        "layers are of 7 float32, 1 bfloat16 instead of float32",
+    ),
+    "another clamping": ({"readback": {"settings": {"clamp_len": 1}}}, "its `clamp_len` is 1 instead of None"),
+    "another window": ({"readback": {"settings": {"same_length": True}}}, "its `same_length` is True instead of False"),
+    "a text that is no length": ({"readback": {"settings": {"tgt_len": "5x"}}}, "its `tgt_len` is 5x instead of 5"),
     "fp16 that a GPU computes in fp32": (
         HALF_ON_GPU | {"compute": "fp32", "readback": {"products": {"float32": 17}}},
         "computed in fp32 instead of fp16 (17 float32)",
@@ -121,14 +152,20 @@ def settings(**changes: Any) -> Callable[[Manifest], Manifest]:
 ARTIFACT_LIES: dict[str, tuple[str, Callable[[Manifest], Manifest], str]] = {
     "fp16 over an fp32 graph": ("onnx", settings(dtype="fp16"), "instead of float16"),
     "fp16 over an fp32 script": ("torchscript", settings(dtype="fp16"), "instead of float16"),
-    "another format": ("onnx", lambda manifest: dataclasses.replace(manifest, format="torchscript"), "model.onnx instead of model.pt"),
-    "an engine that is a graph": (
-        "onnx",
-        lambda manifest: dataclasses.replace(manifest, format="trt", engine=ENGINE),
-        "model.onnx instead of model.plan",
-    ),
     "another length of a script": ("torchscript", settings(tgt_len=6), "its `tgt_len` is 5 instead of 6"),
     "another head of a script": ("torchscript", settings(head="logits"), "its `head` is nll instead of logits"),
+    "another clamping of a graph": ("onnx", settings(clamp_len=3), "its `clamp_len` is None instead of 3"),
+    "another rule of a graph": ("onnx", settings(same_length_rule="mem_len"), "its `same_length_rule` is mem_len+1 instead of mem_len"),
+    "another vocabulary of a graph": (
+        "onnx",
+        lambda manifest: dataclasses.replace(manifest, vocabulary_sha256="0" * 64),
+        "instead of 0000",
+    ),
+    "another checkpoint of a graph": (
+        "onnx",
+        lambda manifest: dataclasses.replace(manifest, source=dataclasses.replace(manifest.source, checkpoint_sha256="0" * 64)),
+        "instead of 0000",
+    ),
     "precisions that are not recorded so": (
         "torchscript",
         lambda manifest: dataclasses.replace(manifest, precisions={"weights": {"float16": 3}}),
@@ -145,6 +182,75 @@ def test_an_artifact_that_lies_is_not_opened(
     with pytest.raises(ValidationError) as caught:
         open_artifact(rewritten(tmp_path / "copy", change))
     assert reason in caught.value.message
+
+
+def test_a_graph_that_was_exchanged_for_one_of_other_settings_is_found(
+    exports: Exports, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has the same weights, inputs and outputs, and every checksum is right."""
+    request = ExportRequest(checkpoint=exports.checkpoint, out=tmp_path / "other", format="onnx", clamp_len=1, same_length=True)
+    export_artifact(request)
+    shutil.copytree(exports.onnx, tmp_path / "copy")
+    for path in (tmp_path / "other").glob("model.onnx*"):
+        shutil.copy(path, tmp_path / "copy")
+    rewritten(tmp_path / "copy", lambda manifest: manifest)
+    assert main(["eval", "--artifact", str(tmp_path / "copy"), "--data", str(exports.data)]) == 1
+    said = capsys.readouterr().err
+    assert "its `clamp_len` is 1 instead of None; its `same_length` is True instead of False" in said
+
+
+RECORDS: dict[str, tuple[dict[str, Any], dict[str, dict[str, int]], str]] = {
+    "the engine that was read": (
+        read(products={"float16": 9}),
+        {"engine_products": {"float16": 9}, "network_products": {"float16": 12}},
+        "",
+    ),
+    "other products": (
+        read(products={"float16": 9}),
+        {"engine_products": {"float32": 9}},
+        "its manifest records products of 9 float32, but there are 9 float16",
+    ),
+    "one product more": (
+        read(products={"float16": 9}),
+        {"engine_products": {"float16": 9, "float32": 1}},
+        "9 float16, 1 float32, but there",
+    ),
+    "another network": (
+        read(products={"float16": 9}),
+        {"network_products": {"float32": 12}},
+        "it was built of a network with products of 12 float32 instead of float16",
+    ),
+    "a network that is half in fp32": (
+        read(layers={"float16": 9}),
+        {"network_products": {"float16": 1, "float32": 1}},
+        "instead of float16",
+    ),
+    "other layers": (
+        read(layers={"float16": 9}),
+        {"engine_layers": {"float32": 9}},
+        "its manifest records layers of 9 float32, but there are 9 float16",
+    ),
+    "the layers that were read": (read(layers={"float16": 9}), {"engine_layers": {"float16": 8, "unknown": 1}}, ""),
+}
+
+
+@pytest.mark.parametrize(("found", "recorded", "reason"), RECORDS.values(), ids=RECORDS)
+def test_an_engine_is_compared_with_what_its_manifest_records(
+    exports: Exports, found: dict[str, Any], recorded: dict[str, dict[str, int]], reason: str
+) -> None:
+    manifest = dataclasses.replace(manifests.read_manifest(exports.onnx), precisions=recorded)
+    info = info_of(**ENGINE_16 | found)
+    if not reason:
+        claims.audit(info, manifest)
+        return
+    with pytest.raises(ValidationError) as caught:
+        claims.audit(info, manifest)
+    assert reason in caught.value.message
+
+
+def test_what_no_product_was_read_of_is_unknown() -> None:
+    assert claims.compute_type({}) == "unknown"
+    assert claims.compute_type({"float16": 2, "float32": 1}) == "fp16+fp32"
 
 
 @pytest.mark.parametrize("command", ["eval", "parity", "bench"])
@@ -170,18 +276,25 @@ def test_a_script_of_fp16_with_a_manifest_of_fp32_is_not_opened(exports: Exports
 
 
 @pytest.mark.parametrize(
-    ("format_name", "engine", "reason"),
+    ("format_name", "engine", "file", "reason"),
     [
-        ("trt", ENGINE, ""),
-        ("trt-rtx", ENGINE, "holds an engine of tensorrt instead of tensorrt_rtx"),
+        ("trt", ENGINE, "model.plan", ""),
+        ("trt-rtx", ENGINE, "model.plan", "holds an engine of tensorrt instead of tensorrt_rtx"),
+        ("trt", ENGINE, "model.onnx", "holds model.onnx instead of model.plan"),
+        ("onnx", None, "model.onnx", ""),
+        ("torchscript", None, "model.onnx", "holds model.onnx instead of model.pt"),
     ],
 )
-def test_an_engine_of_another_builder_is_found_by_its_manifest(
-    exports: Exports, format_name: Any, engine: EngineFacts, reason: str
+def test_a_format_that_is_another_one_is_found_by_the_files_and_the_builder(
+    exports: Exports, format_name: Any, engine: EngineFacts | None, file: str, reason: str
 ) -> None:
     manifest = manifests.read_manifest(exports.onnx)
-    files = {"model.plan": manifest.files["model.onnx"]}
-    manifest = dataclasses.replace(manifest, format=format_name, engine=engine, files=files)
+    source, batch = manifest.source, manifest.batch
+    if engine is not None:
+        source = dataclasses.replace(source, parent=Parent(manifest_sha256="0" * 64, format="onnx"))
+        batch = BatchRange(max=8)
+    files = {file: manifest.files["model.onnx"]}
+    manifest = dataclasses.replace(manifest, format=format_name, engine=engine, files=files, source=source, batch=batch)
     if not reason:
         claims.check_format(manifest, Path("DIR"))
         return
@@ -208,3 +321,14 @@ def test_what_is_no_onnx_file_is_one_clear_error(tmp_path: Path, content: bytes)
     (tmp_path / "model.onnx").write_bytes(content)
     with pytest.raises(ArtifactError, match="cannot be read as ONNX"):
         claims.stored_matrices(tmp_path / "model.onnx")
+
+
+def test_weights_in_a_file_that_has_no_checksum_are_refused(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("txl_deploy.export.onnx.EXTERNAL_DATA_BYTES", 1000)
+    out = tmp_path / "external"
+    export_artifact(ExportRequest(checkpoint=exports.checkpoint, out=out, format="onnx", batch_size=3, mem_len=3))
+    manifest = manifests.read_manifest(out)
+    assert "model.onnx_data" in manifest.files
+    manifests.write_manifest(out, dataclasses.replace(manifest, files={}), [name for name in manifest.files if name != "model.onnx_data"])
+    with pytest.raises(ManifestError, match=r"takes weights from model\.onnx_data, which its manifest does not list"):
+        open_artifact(out)

@@ -143,6 +143,23 @@ def test_only_engines_have_facts_of_an_engine(tmp_path: Path, graph: Path, chang
         write_engine(tmp_path / "engine", graph, **changes)
 
 
+def test_an_engine_without_its_graph_is_none(tmp_path: Path, graph: Path) -> None:
+    with pytest.raises(ManifestError, match=r"`source\.parent` must be there for engines"):
+        write_engine(tmp_path / "engine", graph, source=MANIFEST.source)
+
+
+def test_an_engine_without_a_largest_batch_is_none(tmp_path: Path, graph: Path) -> None:
+    with pytest.raises(ManifestError, match="must have a largest batch"):
+        write_engine(tmp_path / "engine", graph, batch=BatchRange(min=1))
+
+
+def test_an_artifact_without_its_model_is_missed(tmp_path: Path) -> None:
+    (tmp_path / "vocabulary.json").write_text("{}")
+    write_manifest(tmp_path, MANIFEST, ["vocabulary.json"])
+    (finding,) = verify(tmp_path)
+    assert finding.message == "lists no model.onnx, so there is no model"
+
+
 def test_a_manifest_of_the_first_schema_is_read_as_what_it_meant(tmp_path: Path) -> None:
     shutil.copy(GOLDEN / "manifest_schema_1.json", tmp_path / FILE_NAME)
     (tmp_path / "model.onnx").write_bytes(b"graph")

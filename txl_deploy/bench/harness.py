@@ -237,6 +237,7 @@ class _Lane:
             dtype=info.dtype,
             memory=info.memory,
             memory_dtype=info.memory_dtype,
+            compute=info.compute,
             batch_size=self.workload.batch_size,
             tgt_len=info.tgt_len,
             mem_len=info.mem_len,

@@ -73,7 +73,7 @@ def group_series(rows: Sequence[Row]) -> list[Series]:
     of_one_dtype = len({row.dtype for row in firsts}) == 1
     labels = [
         RUNTIME_TITLES.get(row.runtime, row.runtime)
-        + ("" if of_one_dtype else f" {DTYPE_TITLES.get(row.dtype, row.dtype)}")
+        + ("" if of_one_dtype and row.compute in ("", row.dtype) else f" {precision(row)}")
         + (REFERENCE_MARK if row.is_reference else "")
         for row in firsts
     ]
@@ -97,13 +97,19 @@ def group_series(rows: Sequence[Row]) -> list[Series]:
         named: tuple[tuple[dict[str, str], str], ...] = (
             (RUNTIME_TITLES, row.runtime),
             ({}, row.provider),
-            (DTYPE_TITLES, row.dtype),
+            ({}, precision(row)),
             (MEMORY_TITLES, row.memory),
             ({}, "" if row.memory_dtype == row.dtype else f"of {DTYPE_TITLES.get(row.memory_dtype, row.memory_dtype)}"),
         )
         title = " · ".join(titles.get(name, name) for titles, name in named if name)
         series.append(Series(label, title, tuple(sorted(group, key=lambda row: row.batch_size))))
     return series
+
+
+def precision(row: Row) -> str:
+    """Return the type of a row's weights, and that of its products where it is another one: FP16 (computed in FP32)."""
+    stored = DTYPE_TITLES.get(row.dtype, row.dtype)
+    return stored if row.compute in ("", row.dtype) else f"{stored} (computed in {DTYPE_TITLES.get(row.compute, row.compute)})"
 
 
 def verdict_of(row: Row) -> str:

@@ -73,6 +73,8 @@ class Row:
     """None for a runtime that needs no export."""
     checkpoint_sha256: str | None = None
     """Of the checkpoint that the weights come from."""
+    compute: str = ""
+    """Type that products were really computed in, as the runtime was found to do; empty where it is not known."""
     memory_dtype: str = "fp32"
     """Type of the states; older results, which do not say it, were all of fp32."""
     notes: tuple[str, ...] = ()
@@ -93,7 +95,7 @@ class Row:
         row: dict[str, Any] = {name: getattr(self, name) for name in (*_TEXTS, *_COUNTS, "clamp_len", "same_length")}
         row |= self.latency.to_row()
         row |= {name: getattr(self, name) for name in ("tokens_per_s", *_MAYBE_NUMBERS, "is_reference", "verified", "checkpoint_sha256")}
-        row["memory_dtype"] = self.memory_dtype
+        row |= {"memory_dtype": self.memory_dtype, "compute": self.compute}
         row["artifact"] = None if self.artifact is None else vars(self.artifact)
         row["notes"] = [*self.latency.notes, *self.notes]
         row["samples_ms"] = list(self.samples_ms)
@@ -114,6 +116,7 @@ class Row:
         plain |= {name: None if values[name] is None else _number(values[name]) for name in _MAYBE_NUMBERS}
         row = cls(
             **plain,
+            compute=_text(values.get("compute", "")),
             memory_dtype=_text(values.get("memory_dtype", "fp32")),
             clamp_len=None if values["clamp_len"] is None else _count(values["clamp_len"]),
             same_length=_truth(values["same_length"]),

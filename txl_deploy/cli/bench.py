@@ -61,6 +61,7 @@ log = logging.getLogger(__name__)
     metavar="LIST",
     help=f"What to run the checkpoint with, of {', '.join(RUNTIMES)}; the last two are exported on the way.  [default: pytorch]",
 )
+@click.option("--fp16", is_flag=True, help="The same as --dtype fp16.")
 @dtype_option("of the checkpoint in --runtimes; what the rows are checked against is fp32 in any case.  [default: fp32]")
 @memory_option
 @data_options
@@ -117,6 +118,7 @@ def command(
     artifacts: tuple[Path, ...],
     checkpoint: Path | None,
     runtimes: str | None,
+    fp16: bool,
     dtype: str | None,
     memory: str | None,
     dataset: str | None,
@@ -155,6 +157,9 @@ def command(
     from txl_deploy.opening import Lengths
     from txl_train.config import MemoryKind
 
+    if fp16 and dtype == "fp32":
+        raise UsageError("`--fp16` and `--dtype fp32` contradict each other.", remedy="Give one of them.")
+    dtype = "fp16" if fp16 else dtype
     sizes = parse_batch_sizes(batch_sizes)
     settings = BenchSettings(
         percentiles=parse_percentiles(percentiles),
@@ -186,6 +191,11 @@ def command(
             # eager in fp32 leads the group already
             others = [_open(checkpoint, name, chosen, leader, threads, stack) for name in names if (name, chosen) != ("pytorch", "fp32")]
             group[1:1] = others
+    if click.get_current_context().get_parameter_source("batch_sizes") is not click.core.ParameterSource.COMMANDLINE:
+        infos = [contender.runtime.info for group in groups for contender in group]
+        low = max(info.min_batch for info in infos)
+        high = min((info.max_batch for info in infos if info.max_batch is not None), default=max(sizes))
+        sizes = tuple(size for size in sizes if low <= size <= high) or (low,)
     corpus = open_corpus(model_data, dataset=dataset, data=data)
     ids, spec_name = corpus.ids(split), corpus.spec.name
     plan = [

@@ -6,6 +6,7 @@ Started by torchrun, several processes share the streams; the first one prints a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from dataclasses import dataclass
@@ -194,7 +195,7 @@ def command(
     world = world_of()
     with first_alone_reports(world, everyone=log_all_ranks):
         if fp16 and dtype == "fp32":
-            raise UsageError("`--fp16` and `--dtype fp32` contradict each other.")
+            raise UsageError("`--fp16` and `--dtype fp32` contradict each other.", remedy="Give one of them.")
         if cuda and context.get_parameter_source("device") is click.core.ParameterSource.COMMANDLINE and device == "cpu":
             raise UsageError("`--cuda` and `--device cpu` contradict each other.")
         if local_rank is not None and local_rank != world.local_rank:
@@ -225,6 +226,7 @@ def command(
             request=request,
             dataset=dataset,
             data=data,
+            batch_is_free=context.get_parameter_source("batch_size") is not click.core.ParameterSource.COMMANDLINE,
             splits=("manual",) if manual else ALL_SPLITS if split == "all" else (split,),
             manual=manual,
             percentiles=parse_percentiles(" ".join(percentiles) or "90,95,99"),
@@ -267,6 +269,8 @@ class _Job:
     device: str
     threads: int | None
     request: Request
+    batch_is_free: bool
+    """Nobody asked for the batch size, so an exported model of another one has its own."""
     dataset: str | None
     data: Path | None
     splits: tuple[str, ...]
@@ -369,6 +373,10 @@ def _run(job: _Job, world: World, report: Report, stack: contextlib.ExitStack) -
     from txl_deploy.scoring import describe, plan
 
     opened = all_or_none(world, lambda: _open(job, world, stack))
+    if job.batch_is_free:
+        low, high = opened.runtime.info.min_batch, opened.runtime.info.max_batch
+        fitting = max(low, min(job.request.batch_size, high or job.request.batch_size))
+        job = dataclasses.replace(job, request=dataclasses.replace(job.request, batch_size=fitting))
     plans: dict[str, Plan] = {}
     for split in job.splits:
         text = _read_in_turn(job, opened, split, world)

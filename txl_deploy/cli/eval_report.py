@@ -87,6 +87,7 @@ class Report:
         self.say(
             f"Evaluating with{'' if request.protocol == 'nvidia-2019' else ':'} math {info.dtype} type {info.name} "
             f"bsz {request.batch_size} tgt_len {info.tgt_len} ext_len {info.config.ext_len} mem_len {info.mem_len} clamp_len {clamp_len}"
+            + (f" computed in {info.compute}" if info.compute not in ("", info.dtype) else "")
         )
 
     def warn(self, plan: Plan) -> None:

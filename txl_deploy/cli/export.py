@@ -138,12 +138,8 @@ def command(
 
     An engine that cannot be built here is not: the folder gets a kit that builds it on its target, and the exit code is 3.
     """
-    from txl_deploy.export import audit
-    from txl_deploy.export.artifact import ExportRequest, export_artifact
-    from txl_deploy.runtimes.registry import use_threads
-
     if fp16 and dtype == "fp32":
-        raise UsageError("`--fp16` and `--dtype fp32` contradict each other.")
+        raise UsageError("`--fp16` and `--dtype fp32` contradict each other.", remedy="Give one of them.")
     engine_only = {
         "--artifact": artifact,
         "--batch-range": batch_range,
@@ -164,6 +160,18 @@ def command(
             "There must be exactly one model to export.",
             remedy="Give `--checkpoint FILE`, or `--artifact DIR` to build an engine from ONNX.",
         )
+    if checkpoint is not None and not checkpoint.is_file():
+        found = "is a folder" if checkpoint.is_dir() else "does not exist"
+        raise UsageError(f"The checkpoint {checkpoint} {found}.", remedy="Give a file that `txl train` or `txl import` wrote.")
+    chosen_dtype = dtype or ("fp16" if fp16 or format_name in TRT_FORMATS else "fp32")
+    if (data is not None or dataset is not None) and "fp16" not in (chosen_dtype, memory_dtype):
+        raise UsageError(
+            "`--data` and `--dataset` are for the overflow audit of fp16, and nothing here is in fp16.", remedy="Leave them out."
+        )
+    from txl_deploy.export import audit
+    from txl_deploy.export.artifact import ExportRequest, export_artifact
+    from txl_deploy.runtimes.registry import use_threads
+
     use_threads(threads)
     changes: dict[str, Any] = {
         "memory": memory,
@@ -185,7 +193,6 @@ def command(
                     f"`--{name.replace('_', '-')}` says how to export a checkpoint, and the graph in {artifact} is exported already.",
                     remedy="Leave it out, or give `--checkpoint FILE`.",
                 )
-    chosen_dtype = dtype or ("fp16" if fp16 or format_name in TRT_FORMATS else "fp32")
     model = checkpoint or artifact
     assert model is not None
     details = [
@@ -255,7 +262,8 @@ def _export_engine(request: EngineRequest, as_json: bool) -> None:
     if result.kit is not None and not request.kit:
         raise EnvironmentUnfitError(
             f"The engine was not built here: {result.why_not}. {result.directory} holds a kit that builds it on {result.target}.",
-            remedy=f"Copy the folder there and run `{result.build_command}`.",
+            remedy=f"Copy the folder there and run `{result.build_command}`."
+            + ("" if result.hint is None else f" Or build here with another stack, after: {result.hint}."),
         )
 
 

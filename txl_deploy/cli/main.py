@@ -22,7 +22,7 @@ from txl_train.errors import EnvironmentUnfitError, TxlError, UsageError, neares
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("txl_deploy.cli.train:command", "Train a model and write its checkpoints."),
     "eval": ("txl_deploy.cli.eval:command", "Perplexity of a checkpoint or an exported model."),
-    "export": ("txl_deploy.cli.export:command", "Write a checkpoint as ONNX or TorchScript."),
+    "export": ("txl_deploy.cli.export:command", "Write a checkpoint as ONNX, TorchScript or a TensorRT engine."),
     "parity": ("txl_deploy.cli.parity:command", "Prove that an exported model computes what its checkpoint does."),
     "bench": ("txl_deploy.cli.bench:command", "Latency, throughput and perplexity at several batch sizes."),
     "report": ("txl_deploy.cli.report:command", "One page of tables and plots from measured results."),

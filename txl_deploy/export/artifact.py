@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,15 +183,17 @@ def export_artifact(request: ExportRequest) -> Exported:
     return Exported(request.out, manifest, parity)
 
 
-def check_target(out: Path, *, overwrite: bool) -> None:
-    """Refuse to write over anything, except with `overwrite` over an artifact and nothing else. Raises `UsageError`."""
+def check_target(out: Path, *, overwrite: bool, is_ours: Callable[[Path], bool] = lambda folder: False) -> None:
+    """Refuse to write over anything, except with `overwrite` over an artifact and nothing else, or what `is_ours`. Raises `UsageError`."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     elsewhere = "Choose another folder with `--out`."
     try:
         strangers = manifests.unlisted(out, manifests.read_manifest(out))
     except (ManifestError, OSError):
-        raise UsageError(f"{out} exists and is no exported model.", remedy=elsewhere) from None
+        if not is_ours(out):
+            raise UsageError(f"{out} exists and is no exported model.", remedy=elsewhere) from None
+        strangers = []
     if not overwrite:
         raise UsageError(f"{out} holds an exported model already.", remedy=f"{elsewhere} `--overwrite` replaces it.")
     if strangers:
@@ -203,7 +205,7 @@ def _record(spec: TensorSpec) -> manifests.TensorRecord:
 
 
 @contextlib.contextmanager
-def folder_beside(out: Path, *, overwrite: bool) -> Iterator[Path]:
+def folder_beside(out: Path, *, overwrite: bool, is_ours: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
     """Yield a new folder that becomes `out` if the body ends without an error, and vanishes otherwise."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -211,7 +213,7 @@ def folder_beside(out: Path, *, overwrite: bool) -> Iterator[Path]:
         yield folder
         folder.chmod(0o755)
         if out.exists():
-            check_target(out, overwrite=overwrite)
+            check_target(out, overwrite=overwrite, is_ours=is_ours)
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
             os.replace(out, old)
             os.replace(folder, out)

@@ -39,6 +39,8 @@ STREAMS = 4
 """Streams that are read at most."""
 MAX_TOKENS = 4096
 """Tokens after which no further segment is read, once the memory has been full."""
+MIN_TOKENS = 512
+"""Tokens that are read at least, if there are so many."""
 ALMOST = 0.5
 """Share of what float16 holds above which a value is warned of."""
 
@@ -64,7 +66,7 @@ def audit(
 
     `points` has one entry per kind of point: the largest value over all layers and tokens, the layer it occurs in (from 0; None where
     there are no layers), the type it has in the graph, and `headroom`, how many times larger it could be in float16 (None for 0).
-    `worst` names the float16 point with least headroom. `weights` is about those that become float16: the largest, and which shares of
+    `worst` is the float16 point with least headroom, if any. `weights` is about those that become float16: the largest, and which shares of
     them become zero or lose digits (subnormal: below 6.1e-5).
 
     Args:
@@ -87,15 +89,15 @@ def audit(
         points.append({"point": name, "dtype": element, "largest": largest, "layer": layer, "headroom": headroom})
     weights = _weights(model) if dtype == "fp16" else None
     in_half = [point for point in points if point["dtype"] == "float16"]
-    worst = max(in_half, key=lambda point: point["largest"] if not math.isnan(point["largest"]) else math.inf)
-    if not worst["largest"] <= LARGEST:
+    worst = max(in_half, key=lambda point: point["largest"] if not math.isnan(point["largest"]) else math.inf, default=None)
+    if worst is not None and not worst["largest"] <= LARGEST:
         option = "--memory-dtype fp32" if dtype == "fp32" or worst["point"] == "memory" else "--dtype fp32"
         raise ValidationError(
             f"In float16, {_place(worst)} would reach {worst['largest']:.4g} on {_described(text)}, but float16 ends at {LARGEST:.0f}.",
             remedy=f"Use `{option}` for this checkpoint.",
         )
     result = {"limit": LARGEST, "text": _facts(text), "points": points, "worst": worst, "weights": weights}
-    if worst["largest"] > ALMOST * LARGEST:
+    if worst is not None and worst["largest"] > ALMOST * LARGEST:
         log.warning("%s: another text may not fit into float16.", line(result))
     return result
 
@@ -103,6 +105,8 @@ def audit(
 def line(result: dict[str, Any]) -> str:
     """Say in one line what `audit` has found."""
     worst, text, weights = result["worst"], result["text"], result["weights"]
+    if worst is None:
+        return "Nothing is in float16: there is no memory."
     source = text["kind"] if text["kind"] != "text" else f"{text['dataset']} {text['split']}"
     room = "" if worst["headroom"] is None else f", {worst['headroom']:.3g} times below float16's {result['limit']:.0f}"
     lost = (
@@ -147,9 +151,13 @@ def audit_text(
 
 
 def _wanted(config: ModelConfig, tgt_len: int, streams: int) -> int:
-    """Number of segments: twice the receptive field where `MAX_TOKENS` allow, and always one more than fill the memory."""
+    """Number of segments: twice the receptive field where `MAX_TOKENS` allow, but more than fill the memory, and `MIN_TOKENS`, at least."""
     filling = math.ceil((config.mem_len + config.ext_len) / tgt_len) + 1
-    return max(filling, min(2 * receptive_field_segments(config, tgt_len), MAX_TOKENS // (streams * tgt_len)))
+    return max(
+        filling,
+        -(-MIN_TOKENS // (streams * tgt_len)),
+        min(2 * receptive_field_segments(config, tgt_len), MAX_TOKENS // (streams * tgt_len)),
+    )
 
 
 _FLOAT32_POINTS = ("residual sum", "added positions")

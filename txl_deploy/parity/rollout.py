@@ -186,7 +186,8 @@ def compare(
             on_step(number + 1)
     mean_delta, rms_delta = totals.delta / max(totals.n_compared, 1), totals.rms()
     n_compared = max(totals.n_compared, 1)
-    noise = rms_delta / math.sqrt(n_compared)
+    spread = math.sqrt(max(rms_delta**2 - mean_delta**2, 0.0)) if math.isfinite(rms_delta) else math.inf  # a shift of all is no noise
+    noise = spread / math.sqrt(n_compared)
     bounds = chosen.bounds(largest_nll=totals.largest_nll, mean_nll=totals.compared_nll / n_compared, noise=noise)
     memory_error = max(part.memory_error for part in parts)
     passed, reason = _judge(worst, worst_at, rms_delta, mean_delta, memory_error, bounds, unit)

@@ -44,7 +44,7 @@ class Tolerance:
     def bounds(self, *, largest_nll: float, mean_nll: float, noise: float = 0.0) -> Bounds:
         """Return the bounds for a reference with that largest and that mean nll, nats.
 
-        `noise` is the standard error of the mean difference, nats: their root mean square over the root of their number. Four of it
+        `noise` is the standard error of the mean difference, nats: the spread of the differences over the root of their number. Four of it
         are allowed for, which is much for the 90 tokens of an export's own check and nothing for a corpus.
         """
         largest = _at_least_one(largest_nll)

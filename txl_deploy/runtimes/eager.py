@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from txl_deploy.claims import count_matrices
-from txl_deploy.runtimes.base import TORCH_TYPES, RuntimeInfo
+from txl_deploy.runtimes.base import TORCH_TYPES, RuntimeInfo, torch_compute
 from txl_deploy.runtimes.graph import ModuleRuntime
 from txl_train.config import HeadKind, MemoryKind, ModelConfig
 from txl_train.model.inference import STEPS
@@ -36,12 +36,13 @@ class EagerRuntime(ModuleRuntime):
         step = STEPS[head](model, tgt_len, memory, config, dtype=TORCH_TYPES[dtype], memory_dtype=TORCH_TYPES[memory_dtype or dtype]).eval()
         self.step_module = step
         weights = count_matrices((str(weight.dtype).removeprefix("torch."), weight.dim()) for weight in step.parameters())
+        device = str(model.embedding.weights[0].device)
         info = RuntimeInfo(
             name=self.NAME,
             provider=self.PROVIDER,
-            device=str(model.embedding.weights[0].device),
+            device=device,
             dtype=dtype,
-            compute=dtype,
+            compute=torch_compute(dtype, device),
             memory=memory,
             memory_dtype=memory_dtype or dtype,
             head=head,

@@ -1,7 +1,8 @@
 """ONNX Runtime: `model.onnx` on the CPU, or on a GPU where its CUDA provider really runs. The only file that imports onnxruntime.
 
 Inputs are bound where they lie, and states are written into buffers that are used again: the memory that a step has read becomes the
-place for what the step after the next one writes. So nothing is copied, and any number of sessions may take turns on one runtime.
+place for what the step after the next one writes. So nothing is copied, and any number of sessions may take turns on one runtime. Each
+set of buffers is handed out once only, what came from elsewhere is never written, and a memory that was overwritten is refused.
 
 What really runs is read back from a profile of one step (`_profile`). `session.disable_cpu_ep_fallback` cannot serve for that: it refuses
 every graph with a free axis, as the arithmetic on shapes is put on the CPU on purpose. So the provider is asked for alone, and what it
@@ -29,13 +30,19 @@ from txl_deploy.claims import FLOATS, compute_type, stored_matrices
 from txl_deploy.runtimes.base import TORCH_TYPES, RuntimeInfo
 from txl_deploy.runtimes.graph import GraphRuntime
 from txl_deploy.signature import TensorSpec, step_signature
-from txl_train.errors import ArtifactError, EnvironmentUnfitError, TxlError
+from txl_train.errors import ArtifactError, EnvironmentUnfitError, TxlError, UsageError
 from txl_train.model.memory import Memory, state_count, state_shape
 
 _INSTALL = "Install it with `pip install 'txl[onnx]'` (or `'txl[onnx-gpu]'` on a GPU)."
 _ELEMENTS: dict[torch.dtype, Any] = {torch.int64: np.int64, torch.float32: np.float32, torch.float16: np.float16}
 _PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "FusedMatMulActivation", "GemmFastGelu", "TransposeMatMul"}
 _PROFILED_TYPES = {"float": "float32", "double": "float64"}
+_LENGTHS = ("tgt_len", "mem_len", "ext_len", "clamp_len")
+_SETTINGS = (
+    *_LENGTHS,
+    *("same_length", "same_length_rule", "memory", "dtype", "memory_dtype", "head", "checkpoint_sha256", "vocabulary_sha256"),
+)
+"""What a graph says of itself, in its metadata under `txl.`."""
 _ONNX_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "float16": "tensor(float16)"}
 
 
@@ -70,8 +77,7 @@ class OnnxRuntime(GraphRuntime):
         )
         self._result_len = info.tgt_len if info.head == "nll" else info.config.vocab_size
         self._device = torch.device(info.device)
-        self._ours = WeakTensorKeyDictionary()
-        self._spare = WeakTensorKeyDictionary()
+        self._known = WeakTensorKeyDictionary()
         # TF32 would compute the products of an fp32 graph with 10 bits of mantissa, and is on unless it is turned off
         settings: dict[str, Any] = {"device_id": self._device.index or 0, "use_tf32": 0} if on_gpu else {}
         options = onnxruntime.SessionOptions()
@@ -99,8 +105,9 @@ class OnnxRuntime(GraphRuntime):
             raise ArtifactError(
                 f"ONNX Runtime cannot load {path}: {reason}", remedy="Export it again with `txl export --format onnx`."
             ) from error
-        readback = {"weights": stored_matrices(path), **_read_back(profile, wanted)}
-        compute = compute_type(readback["products"], info.dtype)
+        settings_found = settings_of(self._session.get_modelmeta().custom_metadata_map)
+        readback = {"weights": stored_matrices(path), **_read_back(profile, wanted), "settings": settings_found}
+        compute = compute_type(readback["products"])
         if compute == "fp32" and str(self._session.get_provider_options()[wanted].get("use_tf32", "0")).lower() not in ("0", "false"):
             compute = "tf32"
         self._info = dataclasses.replace(info, provider=wanted, compute=compute, readback=readback)
@@ -139,30 +146,80 @@ class OnnxRuntime(GraphRuntime):
         B = input_ids_BQ.shape[0]
         result = torch.empty((B, self._result_len), device=self._device)
         length_B = torch.empty_like(memory.length_B)
-        states = self._take_buffers(memory)
+        target = self._next_buffers(self._source(memory), B)
         self._bind(self._binding.bind_input, self._signature.inputs, inputs)
-        self._bind(self._binding.bind_output, self._signature.outputs, [result, length_B, *states])
+        self._bind(self._binding.bind_output, self._signature.outputs, [result, length_B, *target.states])
         self.synchronize()
         self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
-        if memory.states[0] in self._ours:
-            self._spare[states[0]] = memory.states
-        self._ours[states[0]] = True
+        states = [state.detach() for state in target.states]  # objects for this memory alone, by which it is known
+        for state in states:
+            self._known[state] = (target, target.written)
         return result, Memory(states, length_B)
 
-    def _take_buffers(self, memory: Memory) -> list[Tensor]:
-        """Return tensors for the new states: those that the memory before `memory` lay in, if this runtime made them, or new ones."""
-        spare: list[Tensor] | None = self._spare.pop(memory.states[0], None)  # type: ignore[no-untyped-call]
-        if spare is not None and spare[0].shape == memory.states[0].shape:
-            return spare
-        info = self._info
-        shape, dtype = state_shape(info.config, info.memory, memory.length_B.shape[0]), TORCH_TYPES[info.memory_dtype]
-        return [torch.empty(shape, dtype=dtype, device=self._device) for _ in range(state_count(info.config, info.memory))]
+    def _source(self, memory: Memory) -> _Buffers | None:
+        """Return the set of buffers that a memory lies in; None if any part of it came from elsewhere, which is read where it lies."""
+        found: list[tuple[_Buffers, int] | None] = [self._known.get(state) for state in memory.states]  # type: ignore[no-untyped-call]
+        if any(known is not None and known[0].written != known[1] for known in found):
+            raise UsageError(
+                "This memory has been overwritten: it was valid until the step after the next one that continued it.",
+                remedy="Clone the tensors of a memory that is kept for longer.",
+            )
+        first = found[0]
+        if first is None or any(known is None or known[0] is not first[0] for known in found):
+            return None
+        return first[0]
+
+    def _next_buffers(self, source: _Buffers | None, B: int) -> _Buffers:
+        """Return the set to write: that of the memory before the one in `source`, unless it is in use again, or a new one."""
+        previous = None
+        if source is not None:
+            previous, source.previous = source.previous, None
+        if previous is not None and previous[0].written == previous[1]:
+            target = previous[0]
+        else:
+            info = self._info
+            shape, dtype = state_shape(info.config, info.memory, B), TORCH_TYPES[info.memory_dtype]
+            count = state_count(info.config, info.memory)
+            target = _Buffers([torch.empty(shape, dtype=dtype, device=self._device) for _ in range(count)])
+        target.written += 1
+        target.previous = None if source is None else (source, source.written)
+        return target
 
     def _bind(self, bind: Callable[..., None], specs: tuple[TensorSpec, ...], tensors: list[Tensor]) -> None:
         for spec, tensor in zip(specs, tensors, strict=True):
             address = tensor.data_ptr() or self._somewhere.data_ptr()  # an empty tensor lies nowhere, which onnxruntime refuses
             bind(spec.name, self._device.type, self._device.index or 0, _ELEMENTS[tensor.dtype], tuple(tensor.shape), address)
+
+
+class _Buffers:
+    """The states that a step writes."""
+
+    def __init__(self, states: list[Tensor]) -> None:
+        self.states = states
+        self.written = 0
+        """How many steps have written here."""
+        self.previous: tuple[_Buffers, int] | None = None
+        """The set that what lies here was computed from, and its `written` then; None once that was handed out."""
+
+
+def settings_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a graph says of itself, in the terms of `claims`: its metadata under `txl.`, as `export_onnx` writes them.
+
+    A graph of other makers has none of them, and what cannot be read as a value stays a text, which no claim equals.
+    """
+    found: dict[str, Any] = {}
+    for name in _SETTINGS:
+        text = metadata.get(f"txl.{name}")
+        if text is None:
+            continue
+        value: Any = text
+        if name in _LENGTHS:
+            value = None if text == "None" else int(text) if text.isdecimal() else text
+        elif name == "same_length":
+            value = {"true": True, "false": False}.get(text, text)
+        found[name] = value
+    return found
 
 
 def _read_back(events: Iterable[Mapping[str, Any]], provider: str) -> dict[str, dict[str, int]]:

@@ -23,25 +23,27 @@ RUNTIME_NAMES = ("pytorch", "compiled", "torchscript", "onnx")
 """What a checkpoint can be run with; the last two are exported first."""
 
 
-def _torchscript(directory: Path, info: RuntimeInfo, threads: int | None) -> Runtime:
+def _torchscript(directory: Path, info: RuntimeInfo, threads: int | None, manifest: Manifest) -> Runtime:
     from txl_deploy.runtimes.torchscript import TorchScriptRuntime
 
     return TorchScriptRuntime(manifests.artifact_file(directory, "model.pt"), info)
 
 
-def _onnx(directory: Path, info: RuntimeInfo, threads: int | None) -> Runtime:
+def _onnx(directory: Path, info: RuntimeInfo, threads: int | None, manifest: Manifest) -> Runtime:
     from txl_deploy.runtimes.onnxrt import OnnxRuntime
 
-    return OnnxRuntime(manifests.artifact_file(directory, "model.onnx"), info, threads=threads)
+    path = manifests.artifact_file(directory, "model.onnx")
+    claims.check_external_files(path, manifest)
+    return OnnxRuntime(path, info, threads=threads)
 
 
-def _tensorrt(directory: Path, info: RuntimeInfo, threads: int | None) -> Runtime:
+def _tensorrt(directory: Path, info: RuntimeInfo, threads: int | None, manifest: Manifest) -> Runtime:
     from txl_deploy.runtimes.tensorrt import open_engine
 
-    return open_engine(directory, info, manifests.read_manifest(directory))
+    return open_engine(directory, info, manifest)
 
 
-_OPENERS: dict[str, Callable[[Path, RuntimeInfo, int | None], Runtime]] = {
+_OPENERS: dict[str, Callable[[Path, RuntimeInfo, int | None, Manifest], Runtime]] = {
     "torchscript": _torchscript,
     "onnx": _onnx,
     "trt": _tensorrt,
@@ -96,7 +98,7 @@ def open_artifact(directory: Path, *, device: str = "cpu", threads: int | None =
         manifest_sha256=file_sha256(directory / manifests.FILE_NAME),
         checkpoint_sha256=manifest.source.checkpoint_sha256,
     )
-    runtime = _OPENERS[manifest.format](directory, info, threads)
+    runtime = _OPENERS[manifest.format](directory, info, threads, manifest)
     claims.audit(runtime.info, manifest)
     return runtime
 

@@ -3,9 +3,11 @@
 The memory never leaves the device. A step reads one set of buffers and writes another, and the set that the memory before was in is
 written next, so two sets take turns for each sequence of segments, and any number of sequences may take turns on one engine.
 
-Tail clusters' `target_rows` are padded to one of a few lengths and never empty, so the same shapes return. Shapes that return get an
-execution context of their own and, for each pair of sets, a CUDA graph: captured once and replayed from then on, which is right because
-tokens are copied to the same place before every step. Where capturing fails, the step is enqueued as usual and the log says so once.
+Tail clusters' `target_rows` are padded to what is usual for the number of streams or, of a batch with more of them, to the next of a few
+lengths: with usual text all batches of one size have the same shapes. Shapes that return get an execution context of their own and, for
+each pair of sets, a CUDA graph: captured once and replayed from then on, which is right because tokens are copied to the same place
+before every step. Where capturing fails, the step is enqueued as usual and the log says so once. All contexts share one piece of
+scratch memory, since the steps of a runtime run one after the other on one stream.
 """
 
 # Shape suffixes: B batch, T tgt_len, Q ext_len + tgt_len, R target rows of a cluster, V vocabulary
@@ -37,7 +39,7 @@ from txl_deploy.trt.cuda import Gpu
 from txl_deploy.trt.inspect import engine_precisions
 from txl_deploy.trt.refusals import PLAN_FILE, check_fits, check_version
 from txl_train.data.idcache import default_cache_dir
-from txl_train.errors import ArtifactError, TxlError, UsageError
+from txl_train.errors import ArtifactError, ManifestError, TxlError, UsageError
 from txl_train.files import whole_or_absent
 from txl_train.model.memory import Memory
 
@@ -45,14 +47,16 @@ log = logging.getLogger(__name__)
 
 ALIGNMENT = 256
 """What TensorRT asks of an address, bytes."""
-CONTEXT_BYTES = 2 << 30
-"""Device memory for execution contexts of recurring shapes, bytes."""
 MAX_CONTEXTS = 16
 """Recurring shapes with a context of their own at most."""
 MAX_GRAPHS = 8
 """CUDA graphs of one context at most: each pair of buffer sets has one, and a sequence of segments has two pairs."""
 IDLE_STEPS = 64
 """Steps without use after which shapes may lose their context to others."""
+
+USUAL_SHARE = 8
+"""A tail cluster's rows are padded to at least one in so many targets: the share that engines are tuned for (`trt.profiles`), which a
+cluster of rarer words seldom exceeds, so that the length depends on the number of streams alone."""
 
 _SMALLEST_BUCKET = 8
 _TORCH_TYPES = {"int64": torch.int64, "float32": torch.float32, "float16": torch.float16}
@@ -61,12 +65,20 @@ _TORCH_TYPES = {"int64": torch.int64, "float32": torch.float32, "float16": torch
 def bucket(count: int, limit: int) -> int:
     """Return the length that a list of `count` rows is padded to: 8, 12, 16, 24, 32, 48 and so on, at most `limit`, at least 1.
 
-    Half an octave apart: on average 14 % of the rows are padding, and a cluster's share of a batch meets two lengths or three.
+    Half an octave apart, so that no more than a third of more than 8 rows is padding, and counts that differ little share a length.
     """
     size = _SMALLEST_BUCKET
     while size < count:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return max(1, min(size, limit))
+
+
+def padded_length(count: int, n_targets: int) -> int:
+    """Return the length that a tail cluster's `count` rows are padded to in a batch of `n_targets`: 1 to `n_targets`.
+
+    The bucket of the usual share, or that of `count` where it is larger.
+    """
+    return max(bucket(count, n_targets), bucket(n_targets // USUAL_SHARE, n_targets))
 
 
 class Launcher(Protocol):
@@ -81,7 +93,10 @@ class Launcher(Protocol):
         ...
 
     def capture(self, context: ContextHandle) -> Callable[[], None]:
-        """Return what runs the engine once more, with the addresses and shapes of now. Raises `RuntimeError` where that cannot be."""
+        """Return what runs the engine once more, with the addresses and shapes of now.
+
+        Raises `RuntimeError`, or what `enqueue` raises, where that cannot be.
+        """
         ...
 
 
@@ -106,29 +121,44 @@ class CudaLauncher:
         context.enqueue(self._stream.cuda_stream)
 
     def capture(self, context: ContextHandle) -> Callable[[], None]:
-        """Capture a CUDA graph."""
+        """Capture a CUDA graph, without the waiting and the freeing of memory of `torch.cuda.graph`: steps may be timed."""
         if not context.is_capturable(self._stream.cuda_stream):
             raise RuntimeError("the engine says that a step of these shapes cannot be captured")
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            context.enqueue(self._stream.cuda_stream)
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                context.enqueue(self._stream.cuda_stream)
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # ends the capture, but says again that it went wrong
+                    graph.capture_end()
+                raise
+            graph.capture_end()  # where it raises, the capture has ended too
         return graph.replay
 
 
 def open_engine(directory: Path, info: RuntimeInfo, manifest: Manifest) -> TensorRTRuntime:
-    """Open the engine of an artifact whose bytes have been verified.
+    """Open the engine of an artifact. The bytes that are opened are those whose checksum is compared, whatever was checked before.
 
     Raises:
+        ManifestError: the engine was changed; nothing native was loaded.
         UsageError, EnvironmentUnfitError: this machine is not what the engine was built for (`trt.refusals`); nothing native was loaded.
         ArtifactError: it is not the engine that its manifest describes.
     """
     gpu = check_fits(manifest, device=info.device, origin=info.origin)
     assert manifest.engine is not None  # or it was refused
     facts = manifest.engine
+    plan = manifests.artifact_file(directory, PLAN_FILE).read_bytes()
+    actual, record = hashlib.sha256(plan).hexdigest(), manifest.files.get(PLAN_FILE)
+    if record is None or actual != record.sha256:
+        expected = "absent from its manifest" if record is None else f"not {record.sha256[:12]}…"
+        raise ManifestError(
+            f"{PLAN_FILE} of {info.origin or directory} was changed: its sha256 is {actual[:12]}…, {expected}.",
+            remedy="Export it again with `txl export`, or copy it again.",
+        )
     api = find(facts.builder)
     check_version(facts, api.version, origin=info.origin)
-    plan = manifests.artifact_file(directory, PLAN_FILE).read_bytes()
-    cache = KernelCache.of(manifest.files[PLAN_FILE].sha256, gpu) if facts.builder == "tensorrt_rtx" else None
+    cache = KernelCache.of(actual, gpu) if facts.builder == "tensorrt_rtx" else None
     with torch.cuda.device(info.device):
         engine = api.open_engine(plan, None if cache is None else cache.load())
         readback = {"package": facts.builder, "version": api.version, "gpu": gpu.name}
@@ -158,7 +188,7 @@ class TensorRTRuntime(GraphRuntime):
             ArtifactError: the engine has other inputs, outputs or shapes than its manifest says.
         """
         readback = {**info.readback, **read_back(engine)}
-        super().__init__(dataclasses.replace(info, compute=compute_type(readback["products"], info.dtype), readback=readback))
+        super().__init__(dataclasses.replace(info, compute=compute_type(readback["products"]), readback=readback))
         self._engine = engine
         self._device = torch.device(info.device)
         fixed = info.max_batch if info.max_batch == info.min_batch else None
@@ -170,9 +200,8 @@ class TensorRTRuntime(GraphRuntime):
         self._launcher: Launcher = CudaLauncher(info.device) if launcher is None else launcher
         self._tokens: dict[int, _Tokens] = {}
         self._known = WeakTensorKeyDictionary()
-        memory_bytes = max(engine.device_memory_bytes, 1)
         with self._launcher.turn():
-            self._contexts = _Contexts(engine, limit=max(1, min(MAX_CONTEXTS, CONTEXT_BYTES // memory_bytes)))
+            self._contexts = _Contexts(engine, self._device)
         self._can_capture = True
         self._keep = keep
 
@@ -327,7 +356,7 @@ class _Tokens:
         sizes = []
         for place_R, rows_R in zip(self._rows, rows, strict=True):
             count = rows_R.shape[0]
-            size = bucket(count, self._padding)
+            size = padded_length(count, self._padding)
             place_R[:count].copy_(rows_R)
             place_R[count:size].fill_(self._padding)
             sizes.append(size)
@@ -380,15 +409,17 @@ class _Context:
 
 
 class _Contexts:
-    """One execution context for all shapes, and one for each that returns, as far as there is room."""
+    """One execution context for all shapes, and one for each that returns, up to `MAX_CONTEXTS`; with the scratch memory of all."""
 
-    def __init__(self, engine: EngineHandle, *, limit: int) -> None:
+    def __init__(self, engine: EngineHandle, device: torch.device) -> None:
         self._engine = engine
-        self._limit = limit
+        size = engine.device_memory_bytes
+        self._scratch = torch.empty(size + ALIGNMENT if size > 0 else 0, dtype=torch.uint8, device=device)
+        self._scratch_bytes = size
         self._own: OrderedDict[tuple[int, ...], _Context] = OrderedDict()
         self._met: OrderedDict[tuple[int, ...], None] = OrderedDict()
         self._steps = 0
-        self.general = engine.context()
+        self.general = self._new()
         self.are_new = False
         """The shapes of the last step were not met before."""
 
@@ -403,15 +434,19 @@ class _Contexts:
                 if len(self._met) > 64 * MAX_CONTEXTS:
                     self._met.popitem(last=False)
                 return None
-            if len(self._own) >= self._limit:
+            if len(self._own) >= MAX_CONTEXTS:
                 oldest = next(iter(self._own))
                 if self._own[oldest].used > self._steps - IDLE_STEPS:
                     return None
                 del self._own[oldest]
-            own = self._own[shapes] = _Context(self._engine.context())
+            own = self._own[shapes] = _Context(self._new())
         own.used = self._steps
         self._own.move_to_end(shapes)
         return own
+
+    def _new(self) -> ContextHandle:
+        aligned = -(-self._scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
+        return self._engine.context(aligned, self._scratch_bytes)
 
 
 def _shape(spec: TensorSpec, B: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from txl_deploy.claims import count_matrices
-from txl_deploy.runtimes.base import RuntimeInfo
+from txl_deploy.runtimes.base import RuntimeInfo, torch_compute
 from txl_deploy.runtimes.graph import ModuleRuntime
 from txl_train.errors import ArtifactError
 
@@ -42,4 +42,5 @@ class TorchScriptRuntime(ModuleRuntime):
             ) from error
         weights = count_matrices((str(weight.dtype).removeprefix("torch."), weight.dim()) for weight in module.parameters())
         settings = {name: getattr(module, attribute) for name, attribute in _SETTINGS.items() if hasattr(module, attribute)}
-        super().__init__(dataclasses.replace(info, compute=info.dtype, readback={"weights": weights, "settings": settings}), module)
+        compute = torch_compute(info.dtype, info.device)
+        super().__init__(dataclasses.replace(info, compute=compute, readback={"weights": weights, "settings": settings}), module)

@@ -1,9 +1,9 @@
 """The one place that imports `tensorrt` and `tensorrt_rtx`: building an engine, opening one, running it.
 
 Knows what differs between TensorRT 10.4 (the last for a V100), 10.16, 11.4 and TensorRT-RTX 1.7, and that they share the rest:
-networks are strongly typed, so the precision is what the graph says and no builder flag; shapes come as one optimization profile.
-Asks for a GPU before it calls what would end the process without one. What goes into an engine and where it may run is decided by
-others; who allocates its tensors, too.
+networks are strongly typed, so the precision is what the graph says and no builder flag; shapes come as one optimization profile; the
+scratch memory of a step is the caller's. Asks for a GPU before it calls what would end the process without one. What goes into an
+engine and where it may run is decided by others; who allocates its tensors, too.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ INSTALL: dict[Package, str] = {
 """The command that installs each package for current GPUs; for a V100 it is tensorrt-cu12==10.4.0."""
 
 NAMES: dict[Package, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-OLDEST: dict[Package, tuple[int, int]] = {"tensorrt": (10, 0), "tensorrt_rtx": (1, 2)}
-"""The first versions that have all of what is called here."""
+OLDEST: dict[Package, tuple[int, int]] = {"tensorrt": (10, 4), "tensorrt_rtx": (1, 2)}
+"""Older versions lack some of what is called here (TensorRT 10.0 has no `device_memory_size_v2`) or were not looked at."""
 
 _log = logging.getLogger(__name__)
 
@@ -231,6 +231,10 @@ class Api:
                 )
             return EngineHandle(self, runtime, engine, *self._runtime_config(engine, runtime_cache))
 
+    def is_capturable(self, context: Any, stream: int) -> bool:
+        """Return whether a step of the context's shapes can be captured on `stream`. TensorRT has no such question: True."""
+        return True
+
     def _configure(self, config: Any, spec: BuildSpec) -> None:
         trt = self._trt
         if not spec.tf32:
@@ -254,8 +258,8 @@ class Api:
         return cache
 
     def _runtime_config(self, engine: Any, runtime_cache: bytes | None) -> tuple[Any, Any]:
-        """Return how contexts of `engine` are to be made, and the cache they fill; None where the package has no such thing."""
-        return None, None
+        """Return how contexts of `engine` are to be made, without scratch memory, and the cache they fill; None where there is none."""
+        return self._trt.ExecutionContextAllocationStrategy.USER_MANAGED, None
 
     def _precisions(self, network: Any) -> Precisions:
         """Count the layers, matrix products and constants of the parsed network by the type of what they yield."""
@@ -301,7 +305,8 @@ class RtxApi(Api):
     def _configure(self, config: Any, spec: BuildSpec) -> None:
         super()._configure(config, BuildSpec(**{**vars(spec), "hardware_compatibility": "none"}))
         trt = self._trt
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or a step cannot be captured as a CUDA graph
+        # Or a step cannot be captured as a CUDA graph. Such an engine runs only in contexts that are given their scratch memory.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if spec.compute_capability is not None:
             config.num_compute_capabilities = 1
             member = trt.ComputeCapability.__members__["SM" + spec.compute_capability.replace(".", "")]
@@ -316,6 +321,7 @@ class RtxApi(Api):
     def _runtime_config(self, engine: Any, runtime_cache: bytes | None) -> tuple[Any, Any]:
         trt = self._trt
         config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         # The best kernels from the first run of a shape on: the default swaps them in some time later, so that steps are not alike.
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         cache = config.create_runtime_cache()
@@ -323,6 +329,10 @@ class RtxApi(Api):
             _log.info("The cache of compiled kernels is of another GPU, driver or version, and is made anew.")
         config.set_runtime_cache(cache)
         return config, cache
+
+    def is_capturable(self, context: Any, stream: int) -> bool:
+        """Return whether a step of the context's shapes can be captured on `stream`."""
+        return bool(context.is_stream_capturable(stream))
 
 
 class EngineHandle:
@@ -338,7 +348,7 @@ class EngineHandle:
 
     @property
     def device_memory_bytes(self) -> int:
-        """Scratch memory that each context takes, for the largest shapes."""
+        """Scratch memory that a step takes, for the largest shapes."""
         return int(self._engine.device_memory_size_v2)
 
     def tensors(self) -> list[EngineTensor]:
@@ -370,14 +380,21 @@ class EngineHandle:
         found = json.loads(text)
         return found if isinstance(found, dict) else {"Layers": found}
 
-    def context(self) -> ContextHandle:
-        """Return a new place to run in, with scratch memory of its own.
+    def context(self, scratch: int, scratch_bytes: int) -> ContextHandle:
+        """Return a new place to run in.
 
-        Raises `EnvironmentUnfitError` where there is none, mostly because the GPU's memory is too small.
+        Args:
+            scratch: address of GPU memory, a multiple of 256, which stays allocated as long as the context. Contexts may share it if
+                their steps run one after the other. Not looked at where `device_memory_bytes` is 0.
+            scratch_bytes: its size, at least `device_memory_bytes`.
+
+        Raises `EnvironmentUnfitError` where there is none, mostly because the GPU's memory is too small, or where it refuses `scratch`.
         """
         with self._api._listener.listen() as heard:
-            context = self._engine.create_execution_context(*([] if self._config is None else [self._config]))
-            if context is None:
+            context = self._engine.create_execution_context(self._config)
+            if context is not None and self.device_memory_bytes > 0:
+                context.set_device_memory(scratch, scratch_bytes)  # returns nothing: what it refuses is in the log
+            if context is None or heard.errors:
                 raise EnvironmentUnfitError(
                     f"{self._api.name} cannot run the engine, which takes {self.device_memory_bytes / 1e6:.0f} MB of the GPU: "
                     f"{'; '.join(heard.errors) or 'it gives no reason'}.",
@@ -424,8 +441,8 @@ class ContextHandle:
         return tuple(self._context.get_tensor_shape(name))
 
     def is_capturable(self, stream: int) -> bool:
-        """Return whether a step of these shapes can be captured as a CUDA graph on `stream`; TensorRT has no such question: True."""
-        return self._engine._config is None or bool(self._context.is_stream_capturable(stream))
+        """Return whether a step of these shapes can be captured as a CUDA graph on `stream`, as far as the package tells."""
+        return self._engine._api.is_capturable(self._context, stream)
 
     def enqueue(self, stream: int) -> None:
         """Start a step on a CUDA stream (its handle as a number); returns before it is done.

@@ -26,9 +26,9 @@ from txl_deploy.export.artifact import VOCABULARY_FILE, ExportRequest, check_tar
 from txl_deploy.manifest import BatchRange, Manifest
 from txl_deploy.parity.rollout import BATCH_SIZE, ParityResult, compare, random_segments
 from txl_deploy.runtimes.base import Runtime
-from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact
+from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact, resolve_device
 from txl_deploy.trt.builder import BuiltEngine, EngineSpec, build_engine, check_build, signature_of
-from txl_deploy.trt.kit import write_kit
+from txl_deploy.trt.kit import is_kit, write_kit
 from txl_deploy.trt.profiles import check_profiles, profiles_for
 from txl_deploy.trt.refusals import PLAN_FILE, check_fits
 from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError
@@ -192,8 +192,10 @@ def export_engine(request: EngineRequest) -> EngineExported:
     if (request.graph is None) == (request.checkpoint is None):
         raise UsageError("An engine is built of either a checkpoint or an ONNX artifact.")
     _check_batch(request.batch)
-    check_target(request.out, overwrite=request.overwrite)
+    check_target(request.out, overwrite=request.overwrite, is_ours=is_kit)
     if request.keep_onnx is not None:
+        if request.keep_onnx.resolve() == request.out.resolve():
+            raise UsageError("`--out` and `--keep-onnx` name the same folder.", remedy="Give two folders.")
         check_target(request.keep_onnx, overwrite=request.overwrite)
     timings = _read_timings(request.timing_cache)
     manifest = None if request.graph is None else _graph_manifest(request.graph)
@@ -209,6 +211,13 @@ def export_engine(request: EngineRequest) -> EngineExported:
         timing_cache=timings,
     )
     builds_here = choice.plan.here and not request.kit
+    if timings is not None and not builds_here:
+        raise UsageError(
+            "Only a build takes a timing cache, and this one is a kit: it makes its own.", remedy="Leave `--timing-cache` out."
+        )
+    asked = request.checkpoint.mem_len if manifest is None and request.checkpoint is not None else None
+    if asked == 0:
+        _refuse_no_memory()
     if manifest is not None:
         _check(manifest, spec, builds_here)
     with _graph(request) as graph:
@@ -288,15 +297,20 @@ def _choose(request: EngineRequest, dtype: str, machine: Machine) -> _Choice:
 def _choose_portable(request: EngineRequest, machine: Machine) -> _Choice:
     """As `_choose`, for TensorRT-RTX's engine for no GPU in particular."""
     if not request.rtx_only or request.kit:
-        raise UsageError(
-            f"`--target {PORTABLE}` is what TensorRT-RTX builds, anywhere.", remedy="Use `--format trt-rtx`, and leave `--kit` out."
-        )
+        raise UsageError(f"`--target {PORTABLE}` is what TensorRT-RTX builds, anywhere.", remedy="Use `--format trt-rtx` without `--kit`.")
     stack = next(stack for target in compat.targets().values() for stack in target.stacks if stack.builder == "tensorrt_rtx")
     version = machine.packages.get(stack.package)
     if version != stack.builder_version:
         found = "it is not installed" if version is None else f"{version} is installed"
         raise EnvironmentUnfitError(f"A portable engine takes {stack.builder_name}, but {found}.", remedy=stack.pip_install)
     return _Choice(PORTABLE, Plan(stack, True), None, None)
+
+
+def _refuse_no_memory() -> None:
+    raise UsageError(
+        "An engine needs a memory: TensorRT takes no input without elements, and `mem_len` is 0.",
+        remedy="Use `--mem-len 1` or more, or run the ONNX graph, which needs none.",
+    )
 
 
 def _check_compatibility(request: EngineRequest, choice: _Choice) -> None:
@@ -320,6 +334,8 @@ def _check_compatibility(request: EngineRequest, choice: _Choice) -> None:
 
 def _check(manifest: Manifest, spec: EngineSpec, builds_here: bool) -> None:
     """Refuse what cannot be built of this graph, for milliseconds."""
+    if manifest.settings.mem_len == 0:
+        _refuse_no_memory()
     if builds_here:
         check_build(manifest, spec)
         return
@@ -345,7 +361,7 @@ def _write_kit(request: EngineRequest, graph: Path, manifest: Manifest, choice: 
     plan = choice.plan
     assert choice.described is not None  # a portable engine has no kit
     why_not = plan.why_not or "a kit was asked for"
-    with folder_beside(request.out, overwrite=request.overwrite) as directory:
+    with folder_beside(request.out, overwrite=request.overwrite, is_ours=is_kit) as directory:
         kit = write_kit(
             directory,
             graph,
@@ -370,7 +386,7 @@ def _write_kit(request: EngineRequest, graph: Path, manifest: Manifest, choice: 
 
 
 def _build(request: EngineRequest, graph: Path, spec: EngineSpec, choice: _Choice) -> EngineExported:
-    with folder_beside(request.out, overwrite=request.overwrite) as directory:
+    with folder_beside(request.out, overwrite=request.overwrite, is_ours=is_kit) as directory:
         built = build_engine(graph, spec)
         (directory / PLAN_FILE).write_bytes(built.built.plan)
         shutil.copyfile(graph / manifests.FILE_NAME, directory / manifests.PARENT_FILE)
@@ -381,16 +397,13 @@ def _build(request: EngineRequest, graph: Path, spec: EngineSpec, choice: _Choic
             files.append(TIMING_CACHE_FILE)
         parent = manifests.read_manifest(graph)
         manifest = manifests.write_manifest(directory, _engine_manifest(request, parent, directory, built, choice), files)
-        parity, not_compared = None, None
-        try:
-            check_fits(manifest, device="cuda:0", origin=str(request.out))
+        parity, not_compared = None, _why_not_here(manifest, request.out)
+        if not_compared is None:  # what fails from here on is a failure of the engine
             runtime = open_artifact(directory, device="cuda:0")
             read = {f"engine_{part}": dict(runtime.info.readback[part]) for part in ("products", "layers")}
             found = manifest.precisions | {part: counts for part, counts in read.items() if counts}
             manifest = manifests.write_manifest(directory, dataclasses.replace(manifest, precisions=found), files)
             parity = _compare(request, graph, runtime, manifest)
-        except EnvironmentUnfitError as error:
-            not_compared = error.message.replace(str(directory), str(request.out))
         if parity is not None and not parity.passed:
             raise ValidationError(
                 f"The engine computes something else than what it was built from: {parity.reason}. Nothing was written.",
@@ -405,6 +418,16 @@ def _build(request: EngineRequest, graph: Path, spec: EngineSpec, choice: _Choic
         parity=parity,
         not_compared=not_compared,
     )
+
+
+def _why_not_here(manifest: Manifest, out: Path) -> str | None:
+    """Return why an engine cannot run on this machine, None where it can; nothing of it is loaded."""
+    try:
+        check_fits(manifest, device="cuda:0", origin=str(out))
+        resolve_device("cuda")
+    except EnvironmentUnfitError as error:
+        return error.message
+    return None
 
 
 def _engine_manifest(request: EngineRequest, parent: Manifest, directory: Path, built: BuiltEngine, choice: _Choice) -> Manifest:

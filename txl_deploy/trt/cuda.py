@@ -7,6 +7,7 @@ the answers mean.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,3 +101,9 @@ def _devices(library: Any) -> list[Gpu]:
             )
         )
     return found
+
+
+def visible_name(index: int) -> str:
+    """Return what `CUDA_VISIBLE_DEVICES` has to be for a program to see only the GPU that is `index` here, where it may be set already."""
+    given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return given[index] if index < len(given) else str(index)

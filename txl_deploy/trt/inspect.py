@@ -20,6 +20,9 @@ PRODUCTS = frozenset({"MATRIX_MULTIPLY", "EINSUM", "CONVOLUTION", "DECONVOLUTION
 UNKNOWN = "unknown"
 """What the inspector says nothing of: the engine was built without details."""
 
+_TACTIC = re.compile(r"gemm_(f16f16|bf16bf16|f32f32)_", re.IGNORECASE)
+_TACTIC_TYPES = {"f16f16": "float16", "bf16bf16": "bfloat16", "f32f32": "float32"}
+"""How names of kernels begin that say what their two factors are of, such as `sm75_xmma_gemm_f16f16_f16f32_f32_tn_n_…`."""
 _PRODUCT_WORDS = re.compile(r"gemm|matmul|matrixmultiply|matrix_multiply|convolution|fprop|einsum|_mha|_fmha", re.IGNORECASE)
 _TYPES = (
     (re.compile(r"\b(half|fp16|float16)\b", re.I), "float16"),
@@ -95,9 +98,15 @@ def _layer_types(layer: Any) -> Iterable[str]:
 
 
 def _operand_type(layer: Mapping[str, Any]) -> Sequence[str]:
-    """Return the type that a product multiplies in: the narrowest it reads, as what is fused with it may read and yield a wider one."""
+    """Return the type that a product multiplies in.
+
+    Its inputs are listed without their roles, those of what is fused with it among them. So unless they are all of one type, the name of
+    its kernel decides; where that says nothing it is the narrowest, as what is fused with a product may read and yield a wider one.
+    """
     types = {_type_of(tensor) for tensor in layer.get("Inputs", ())}
-    return [name for name in ("float16", "bfloat16", "float32") if name in types][:1]
+    floats = [name for name in ("float16", "bfloat16", "float32") if name in types]
+    tactic = _TACTIC.search(str(layer.get("TacticName", "")))
+    return [_TACTIC_TYPES[tactic.group(1).lower()]] if tactic and len(floats) != 1 else floats[:1]
 
 
 def _type_of(tensor: Any) -> str:

@@ -109,7 +109,7 @@ def write_kit(
     parent = manifests.read_verified(onnx_dir)
     if parent.format != "onnx":
         raise ManifestError(f"{onnx_dir} holds {parent.format}, and an engine is built from ONNX.", remedy="Give an ONNX artifact.")
-    (graph,) = [name for name in parent.files if name.endswith(".onnx")]
+    graph = manifests.MODEL_FILES["onnx"]  # which a verified artifact lists
     copied = sorted(name for name in parent.files if name.endswith(".json"))  # the vocabulary
     manifest = dataclasses.replace(
         parent,
@@ -180,12 +180,13 @@ def write_kit(
 
 
 def is_kit(directory: Path) -> bool:
-    """True if the folder holds a kit as it was written, whether or not its engine was built."""
+    """True if the folder holds a kit as it was written and nothing else: its engine was not built, and nobody left files in it."""
     try:
         kit_build.read_kit(directory)
-    except kit_build.Refusal:
+        names = {path.name for path in directory.iterdir()}
+    except (kit_build.Refusal, OSError):
         return False
-    return True
+    return names <= {_GRAPH_FOLDER, "build.py", kit_build.KIT_FILE, "requirements.txt", "build.sh", "README.txt"}
 
 
 def _driver(stack: Stack) -> str:

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -56,22 +57,32 @@ def main(arguments: Sequence[str] | None = None, folder: Path | None = None) -> 
     parser.add_argument("--check", action="store_true", help="only look at Python, the GPU and its driver, and build nothing")
     options = parser.parse_args(arguments)
     kit_folder = folder or Path(__file__).resolve().parent
+    out = kit_folder / "engine" if options.out is None else Path(options.out)
+    stop = Stop()
+    before = signal.signal(signal.SIGINT, stop)
     try:
+        if out.exists() and not options.check:
+            raise Refusal(2, f"{out} exists.", "Choose another folder with --out, or remove it.")
         kit = read_kit(kit_folder)
         check_python(kit)
         gpu = check_gpu(kit)
         if options.check:
             say("This machine can build it.")
             return 0
-        out = kit_folder / "engine" if options.out is None else Path(options.out)
-        if out.exists():
-            raise Refusal(2, f"{out} exists.", "Choose another folder with --out, or remove it.")
         check_package(kit)
         check_graph(kit, kit_folder)
-        build(kit, kit_folder, gpu, out)
+        build(kit, kit_folder, gpu, out, stop)
+    except OSError as error:
+        sys.stderr.write(f"{out} cannot be written: {error.strerror or error}.\nChoose another folder with --out.\n")
+        return 3
     except Refusal as refusal:
+        if stop.asked:
+            sys.stderr.write("Interrupted. Nothing was written.\n")
+            return 130
         sys.stderr.write(f"{refusal.message}\n{refusal.remedy}\n")
         return refusal.code
+    finally:
+        signal.signal(signal.SIGINT, before)
     sys.stdout.write(f"{out}\n")
     return 0
 
@@ -121,10 +132,12 @@ def check_gpu(kit: SimpleNamespace) -> dict[str, str] | None:
     first = found[0]
     if first["compute_capability"] != wanted:
         fitting = [i for i, gpu in enumerate(found) if gpu["compute_capability"] == wanted]
+        given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+        names = [given[index] if index < len(given) else str(index) for index in fitting]
         raise Refusal(
             3,
             f"The engine is for compute capability {wanted}, and the {first['name']} has {first['compute_capability']}.",
-            f"Run it with CUDA_VISIBLE_DEVICES={fitting[0]}." if fitting else f"Run it on a machine with such a GPU (target {kit.target}).",
+            f"Run it with CUDA_VISIBLE_DEVICES={names[0]}." if names else f"Run it on a machine with such a GPU (target {kit.target}).",
         )
     oldest, newest = kit.driver
     series = numbers(first["driver"])[0] if first["driver"] else None
@@ -165,11 +178,25 @@ def check_graph(kit: SimpleNamespace, folder: Path) -> None:
         raise Refusal(4, f"The kit is not complete: {error}.", "Copy the kit again.") from None
 
 
-def build(kit: SimpleNamespace, folder: Path, gpu: dict[str, str] | None, out: Path) -> None:
+class Stop:
+    """Notes Ctrl-C. As an exception it would be lost in TensorRT, which calls Python from within."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, *_: object) -> None:
+        if not self.asked:
+            say("Stopping at the next step.")
+        self.asked = True
+
+
+def build(kit: SimpleNamespace, folder: Path, gpu: dict[str, str] | None, out: Path, stop: Stop) -> None:
     """Build the engine and write its folder, all of it or nothing."""
     say(f"Building with {kit.builder_name}; this takes a few minutes.")
     start = time.monotonic()
-    plan, cache, precisions = build_plan(kit, folder / "onnx" / kit.graph)
+    plan, cache, precisions = build_plan(kit, folder / "onnx" / kit.graph, stop)
+    if stop.asked:
+        raise Refusal(130, "Interrupted.", "")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=str(out.parent)))
     try:
@@ -195,7 +222,7 @@ def build(kit: SimpleNamespace, folder: Path, gpu: dict[str, str] | None, out: P
     say("Built in %.0f s." % (time.monotonic() - start))
 
 
-def build_plan(kit: SimpleNamespace, graph: Path) -> tuple[bytes, bytes | None, dict[str, dict[str, int]]]:
+def build_plan(kit: SimpleNamespace, graph: Path, stop: Stop) -> tuple[bytes, bytes | None, dict[str, dict[str, int]]]:
     """Return the serialized engine, its timings where the package keeps some, and the precisions of the network."""
     trt = load(kit)
     errors: list[str] = []
@@ -211,6 +238,8 @@ def build_plan(kit: SimpleNamespace, graph: Path) -> tuple[bytes, bytes | None, 
         reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise Refusal(1, f"{kit.builder_name} does not take the graph: {'; '.join(reasons)}.", "Please report this.")
     config = builder.create_builder_config()
+    monitor = monitor_of(trt, stop)
+    config.progress_monitor = monitor
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is what a graph in fp32 claims
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that `txl` can read the precisions back
     if kit.optimization_level is not None:
@@ -238,6 +267,25 @@ def build_plan(kit: SimpleNamespace, graph: Path) -> tuple[bytes, bytes | None, 
     if plan is None:
         raise Refusal(1, f"{kit.builder_name} could not build the engine: {told(errors)}.", "Please report this.")
     return bytes(plan), None if cache is None else bytes(cache.serialize()), precisions
+
+
+def monitor_of(trt: Any, stop: Stop) -> Any:
+    """Return a progress monitor that ends the build at its next step once `stop` was asked for."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the package has no types
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            pass
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return not stop.asked
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+    return Monitor()
 
 
 def logger_of(trt: Any, errors: list[str]) -> Any:

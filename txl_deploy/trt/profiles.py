@@ -36,6 +36,10 @@ class Profile:
         return ProfileRecord(name=self.name, min=list(self.min), opt=list(self.opt), max=list(self.max))
 
 
+MAX_BATCH = 65536
+"""Streams at most: beyond it the memory of the smallest model fills a GPU, and a builder ends for want of memory."""
+
+
 def parse_batch_range(value: str | int | None) -> BatchRange:
     """Return the numbers of streams meant by `1,8,32` (least, usual, most), by one number (a fixed one) or by None (`DEFAULT_BATCH`).
 
@@ -49,6 +53,8 @@ def parse_batch_range(value: str | int | None) -> BatchRange:
     low, middle, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
     if not 1 <= low <= middle <= high:
         raise UsageError(f"A range of batch sizes must rise from 1 or more, but is {low}, {middle}, {high} instead.", remedy=_FORM)
+    if high > MAX_BATCH:
+        raise UsageError(f"An engine for {high} streams is more than any GPU holds; {MAX_BATCH} is the most here.", remedy=_FORM)
     return BatchRange(min=low, opt=middle, max=high)
 
 

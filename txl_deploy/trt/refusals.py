@@ -58,7 +58,7 @@ def check_fits(manifest: Manifest, *, device: str, origin: str) -> Gpu:
     if not _runs_on(facts, gpu):
         other = next((other for other in gpus if _runs_on(facts, other)), None)
         if other is not None:
-            remedy = f"Use the {other.name}: `export CUDA_VISIBLE_DEVICES={other.index}`."
+            remedy = f"Use the {other.name}: `export CUDA_VISIBLE_DEVICES={cuda.visible_name(other.index)}`."
         else:
             target = compat.target_of(gpu)
             name = "NAME" if target is None else target.name

@@ -94,6 +94,7 @@ def test_a_kit_that_was_asked_for_ends_with_0(fp16_onnx: Path, tmp_path: Path, c
         (["--format", "trt", "--target", "v100", "--hardware-compatibility", "same-compute-capability"], 2, "begins with TensorRT 10.13"),
         (["--format", "onnx", "--hardware-compatibility", "none"], 2, "is for engines, not for `--format onnx`"),
         (["--format", "trt", "--batch-size", "4", "--batch-range", "1,2,4"], 2, "contradict each other"),
+        (["--format", "trt", "--target", "v100", "--timing-cache", __file__], 2, "Only a build takes a timing cache"),
     ],
     ids=[
         "unknown target",
@@ -109,6 +110,7 @@ def test_a_kit_that_was_asked_for_ends_with_0(fp16_onnx: Path, tmp_path: Path, c
         "no compatibility of that version",
         "no engine",
         "two ranges",
+        "timings of a kit",
     ],
 )
 def test_what_cannot_be_is_told_before_any_work(
@@ -132,6 +134,17 @@ def test_without_a_folder_it_is_named_for_what_is_in_it(fp16_onnx: Path, tmp_pat
     kit = json.loads((tmp_path / "trt-a100" / "kit.json").read_text())
     assert kit["manifest"]["engine"]["hardware_compatibility"] == "ampere_plus"
     assert kit["optimization_level"] == 3
+
+
+def test_a_kit_is_replaced_on_request_but_not_with_what_was_built_in_it(fp16_onnx: Path, tmp_path: Path, capsys: Capture) -> None:
+    command = ["export", "--artifact", str(fp16_onnx), "--format", "trt", "--target", "v100", "--kit", "--out", str(tmp_path / "kit")]
+    assert main(command) == 0
+    assert main(command) == 2
+    assert main([*command, "--overwrite"]) == 0
+    (tmp_path / "kit" / "engine").mkdir()
+    assert main([*command, "--overwrite"]) == 2
+    assert "is no exported model" in capsys.readouterr().err
+    assert (tmp_path / "kit" / "engine").exists()
 
 
 def test_a_graph_of_fp32_is_refused_for_turing_with_the_option_that_mends_it(exports: Exports, tmp_path: Path, capsys: Capture) -> None:

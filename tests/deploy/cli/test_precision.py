@@ -136,3 +136,21 @@ def test_what_cannot_be_measured_is_refused(exports: Exports, capsys: Capture, a
     filled = [part.format(checkpoint=exports.checkpoint, onnx=exports.onnx) for part in arguments]
     assert main(["bench", *filled, *FEW]) == 2
     assert fragment in capsys.readouterr().err
+
+
+def test_an_export_of_one_batch_size_is_scored_and_measured_with_that(exports: Exports, capsys: Capture, tmp_path: Path) -> None:
+    fixed = tmp_path / "fixed"
+    command = ["export", "--checkpoint", exports.checkpoint, "--format", "torchscript", "--fp16", "--batch-size", 3, "--out", fixed]
+    run_json(capsys, *command)
+    assert run_json(capsys, "eval", "--artifact", fixed)["batch_size"] == 3
+    rows = run_json(capsys, "bench", "--artifact", fixed, "--duration", "0", "--min-samples", "3", "--max-samples", "3")["rows"]
+    assert [(row["batch_size"], row["compute"]) for row in rows] == [(3, "fp16")]
+    assert main(["eval", "--artifact", str(fixed), "--batch-size", "4"]) == 2
+    assert "`batch_size` must be 3" in capsys.readouterr().err
+
+
+def test_a_table_says_where_fp16_is_computed_in_fp32(fp16_onnx: Path, capsys: Capture) -> None:
+    assert main(["bench", "--artifact", str(fp16_onnx), *FEW]) == 0
+    assert "ONNX Runtime FP16 (computed in FP32)" in capsys.readouterr().out
+    assert main(["eval", "--artifact", str(fp16_onnx)]) == 0
+    assert "computed in fp32" in capsys.readouterr().out

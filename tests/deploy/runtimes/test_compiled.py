@@ -112,6 +112,11 @@ def test_without_a_compiler_the_way_to_get_one_is_named(monkeypatch: pytest.Monk
     assert caught.value.exit_code == 3
 
 
+def test_factors_that_are_rounded_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("txl_deploy.runtimes.eager.torch_compute", lambda dtype, device: f"{dtype} of {device}")
+    assert compiled(dtype="fp16").info.compute == "fp16 of cpu"
+
+
 def test_other_lengths_of_a_compiled_checkpoint_are_compiled_too(exports: Any) -> None:
     runtime, _ = eager_from_checkpoint(exports.checkpoint, compiled=True, dtype="fp16")
     other = runtime.of_length(3)

@@ -51,7 +51,7 @@ def test_a_graph_of_fp16_with_logits_and_a_fixed_batch_runs_as_the_checkpoint(ge
 def test_a_graph_refuses_what_it_was_not_made_for(generator: tuple[Path, Path]) -> None:
     runtime = open_artifact(generator[1])
     ids = torch.zeros((3, 2 + TGT_LEN), dtype=torch.int64)
-    with pytest.raises(ShapeRangeError, match=r"within 2\.\.2"):
+    with pytest.raises(ShapeRangeError, match=r"must be 2 for"):
         runtime.next_token(ids, runtime.initial_memory(3))
     with pytest.raises(HeadError, match="--head nll"):
         runtime.step(ids[:2], ids[:2, 2:], runtime.initial_memory(2))
@@ -71,6 +71,22 @@ def test_every_node_is_counted_on_its_provider_and_every_product_by_its_type(exp
     assert set(info.readback["products"]) == {"float32"}
     assert info.readback["products"]["float32"] >= 2 * 6 + 4, "of two layers six products each, and one of each cluster"
     assert "elsewhere" not in info.readback
+
+
+def test_a_graph_says_what_it_was_exported_for(exports: Exports) -> None:
+    found = open_artifact(exports.onnx).info.readback["settings"]
+    assert (found["tgt_len"], found["mem_len"], found["ext_len"], found["clamp_len"], found["same_length"]) == (TGT_LEN, 7, 0, None, False)
+    assert (found["memory"], found["dtype"], found["memory_dtype"], found["head"]) == ("kv", "fp32", "fp32", "nll")
+    assert {len(found["checkpoint_sha256"]), len(found["vocabulary_sha256"])} == {64}
+    assert found.keys() == set(onnxrt._SETTINGS)
+
+
+def test_what_a_graph_says_is_read_as_values_and_what_is_none_stays_a_text() -> None:
+    assert onnxrt.settings_of({"txl.clamp_len": "7", "txl.same_length": "true", "tgt_len": "6", "txl.other": "x"}) == {
+        "clamp_len": 7,
+        "same_length": True,
+    }
+    assert onnxrt.settings_of({"txl.tgt_len": "-5", "txl.same_length": "True"}) == {"tgt_len": "-5", "same_length": "True"}
 
 
 def test_profiling_ends_before_the_first_real_step_and_leaves_no_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 import warnings
@@ -15,10 +16,10 @@ import torch
 from tests.deploy.conftest import TGT_LEN, Exports
 from tests.support import random_ids, small_config, trace_only
 from txl_deploy.export.artifact import ExportRequest, export_artifact
-from txl_deploy.runtimes.base import Runtime, ShapeRangeError
+from txl_deploy.runtimes.base import Runtime, ShapeRangeError, check_shapes, torch_compute
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact, resolve_device
 from txl_deploy.session import Session
-from txl_train.errors import ArtifactError, EnvironmentUnfitError, ManifestError
+from txl_train.errors import ArtifactError, EnvironmentUnfitError, ManifestError, UsageError
 from txl_train.model.memory import Memory, empty_memory
 
 EXPORTED = ["torchscript", "onnx"]
@@ -139,6 +140,63 @@ def test_a_step_never_writes_where_it_reads_even_after_a_reset(exports: Exports,
         assert not read & {state.data_ptr() for state in session.memory.states}
 
 
+def copy_of(memory: Memory) -> Memory:
+    return Memory([state.clone() for state in memory.states], memory.length_B.clone())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_memory_that_is_continued_twice_has_two_futures_that_do_not_meet(exports: Exports, name: str) -> None:
+    runtime = open_named(exports, name)
+    segments = segments_of(runtime, 2, 6)
+    root = runtime.step(*segments[1], runtime.step(*segments[0], runtime.initial_memory(2)).memory).memory
+    alone = []
+    for i in (2, 4):
+        nll, memory = runtime.step(*segments[i], copy_of(root))
+        alone.append(
+            (runtime.step(*segments[i + 1], memory).nll_BT.clone(), copy_of(runtime.step(*segments[i + 1], copy_of(memory)).memory))
+        )
+    a, b = (runtime.step(*segments[i], root).memory for i in (2, 4))
+    after_a, after_b = runtime.step(*segments[3], a), runtime.step(*segments[5], b)
+    assert not {state.data_ptr() for state in after_a.memory.states} & {state.data_ptr() for state in after_b.memory.states}
+    for (nll, memory), (expected_nll, expected) in zip((after_a, after_b), alone, strict=True):
+        torch.testing.assert_close(nll, expected_nll, atol=1e-6, rtol=0)
+        for ours, theirs in zip(memory.states, expected.states, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_that_was_put_into_a_memory_is_read_and_never_written(exports: Exports, name: str, place: int) -> None:
+    runtime = open_named(exports, name)
+    segments = segments_of(runtime, 2, 6)
+    memory = runtime.step(*segments[1], runtime.step(*segments[0], runtime.initial_memory(2)).memory).memory
+    own = memory.states[place] * 0.5
+    kept = own.clone()
+    mixed = Memory([own if i == place else state for i, state in enumerate(memory.states)], memory.length_B)
+    expected = runtime.step(*segments[2], copy_of(mixed)).nll_BT.clone()
+    output = runtime.step(*segments[2], mixed)
+    torch.testing.assert_close(output.nll_BT, expected, atol=1e-6, rtol=0)
+    for segment in segments[3:]:
+        output = runtime.step(*segment, output.memory)
+        assert torch.equal(own, kept)
+
+
+def test_onnx_runtime_refuses_a_memory_that_was_overwritten_whole_or_in_part(exports: Exports) -> None:
+    runtime = open_named(exports, "onnx")
+    segment = segments_of(runtime, 2, 1)[0]
+    old = runtime.step(*segment, runtime.initial_memory(2)).memory
+    kept = copy_of(old)
+    new = runtime.step(*segment, old).memory
+    runtime.step(*segment, old)  # not yet
+    runtime.step(*segment, new)
+    for place in (None, 0, 3):
+        states = [ours if i == place else theirs for i, (ours, theirs) in enumerate(zip(kept.states, old.states))]
+        with pytest.raises(UsageError, match=r"(?s)has been overwritten.*Clone the tensors") as caught:
+            runtime.step(*segment, Memory(states, old.length_B))
+        assert caught.value.exit_code == 2
+    runtime.step(*segment, kept)
+
+
 def test_onnx_runtime_uses_two_sets_of_buffers_by_turns(exports: Exports) -> None:
     session = Session(open_named(exports, "onnx"), 2)
     places = set()
@@ -172,6 +230,69 @@ def test_a_memory_of_another_batch_size_is_refused(exports: Exports, name: str) 
     ids = torch.zeros((2, TGT_LEN), dtype=torch.int64)
     with pytest.raises(ShapeRangeError, match="memory is of 3 streams"):
         runtime.step(ids, ids, runtime.initial_memory(3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_of_another_type_or_device_do_not_reach_native_code(exports: Exports, name: str) -> None:
+    """The device meta holds nothing: whatever read there would end the process."""
+    runtime = open_named(exports, name)
+    ids, memory = torch.zeros((2, TGT_LEN), dtype=torch.int64), runtime.initial_memory(2)
+    for other in (ids.int(), ids.float(), ids.to("meta")):
+        with pytest.raises(ShapeRangeError, match=r"`input_ids` .* must be int64 on cpu"):
+            runtime.step(other, ids, memory)
+        with pytest.raises(ShapeRangeError, match=r"`target_ids` .* must be int64 on cpu"):
+            runtime.step(ids, other, memory)
+    for length in (memory.length_B.int(), memory.length_B.to("meta")):
+        with pytest.raises(ShapeRangeError, match=r"`length` .* must be int64 on cpu"):
+            runtime.step(ids, ids, Memory(memory.states, length))
+    with pytest.raises(ShapeRangeError, match="memory is of 0 streams"):
+        runtime.step(ids, ids, Memory(memory.states, torch.tensor(0)))
+    for place in range(4):
+        for change in (torch.Tensor.half, torch.Tensor.double, lambda state: state.to("meta")):
+            states = [change(state) if i == place else state for i, state in enumerate(memory.states)]
+            with pytest.raises(ShapeRangeError, match=r"must be of torch.float32 on cpu, but is of torch.\w+ on (cpu|meta) instead"):
+                runtime.step(ids, ids, Memory(states, memory.length_B))
+
+
+def test_a_cpu_may_have_a_number_and_a_gpu_is_one_of_several(exports: Exports) -> None:
+    runtime = open_named(exports, "pytorch")
+    ids = torch.zeros((1, TGT_LEN), dtype=torch.int64, device="cpu:0")
+    memory = runtime.initial_memory(1)
+    check_shapes(runtime.info, {"input_ids": ids}, memory)
+    for device, called in (("cuda", "cuda:0"), ("cuda:1", "cuda:1")):
+        with pytest.raises(ShapeRangeError, match=f"must be int64 on {called}, but is int64 on cpu"):
+            check_shapes(dataclasses.replace(runtime.info, device=device), {"input_ids": ids}, memory)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_factors_that_pytorch_rounds_on_a_gpu_are_read_back(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    class Newer:
+        fp32_precision = precision
+
+        @property
+        def allow_tf32(self) -> bool:
+            raise RuntimeError("a mix of the legacy and new APIs")
+
+    class Older:
+        allow_tf32 = precision == "tf32"
+
+    for settings in (Newer(), Older()):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+        assert torch_compute("fp32", "cuda:0") == {"ieee": "fp32", "tf32": "tf32"}[precision]
+        assert (torch_compute("fp16", "cuda:0"), torch_compute("fp32", "cpu")) == ("fp16", "fp32")
+
+
+def test_every_way_to_let_pytorch_round_is_seen() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert torch_compute("fp32", "cuda:0") == "tf32"
+        torch.set_float32_matmul_precision("highest")
+        assert torch_compute("fp32", "cuda:0") == "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert torch_compute("fp32", "cuda:0") == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("name", EXPORTED)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import logging
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +32,7 @@ from txl_deploy.runtimes import tensorrt
 from txl_deploy.runtimes.base import TORCH_TYPES, HeadError, RuntimeInfo, ShapeRangeError
 from txl_deploy.runtimes.eager import EagerRuntime
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact
-from txl_deploy.runtimes.tensorrt import KernelCache, TensorRTRuntime, bucket
+from txl_deploy.runtimes.tensorrt import CudaLauncher, KernelCache, TensorRTRuntime, bucket, padded_length
 from txl_deploy.session import Session
 from txl_deploy.signature import step_signature
 from txl_deploy.trt import cuda
@@ -38,7 +40,7 @@ from txl_deploy.trt.cuda import Gpu
 from txl_deploy.trt.profiles import Profile
 from txl_train.checkpoint import load_model
 from txl_train.config import ModelConfig
-from txl_train.errors import ArtifactError, EnvironmentUnfitError, UsageError, ValidationError
+from txl_train.errors import ArtifactError, EnvironmentUnfitError, ManifestError, UsageError, ValidationError
 from txl_train.model.inference import STEPS
 from txl_train.model.memory import Memory
 from txl_train.model.transformer_xl import TransformerXL
@@ -59,8 +61,11 @@ def at(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 class HostContext:
     """An execution context that computes where the addresses say."""
 
-    def __init__(self, engine: HostEngine) -> None:
+    def __init__(self, engine: HostEngine, scratch: int, scratch_bytes: int) -> None:
+        size = engine.device_memory_bytes
+        assert size == 0 or (scratch != 0 and scratch % 256 == 0 and scratch_bytes >= size), (scratch, scratch_bytes)
         self.engine = engine
+        self.scratch = at(scratch, torch.uint8, (size,))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
@@ -82,6 +87,7 @@ class HostContext:
         self.compute(dict(self.shapes), dict(self.addresses))
 
     def compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        self.scratch.fill_(7)
         signature = self.engine.signature
         B = shapes["input_ids"][0]
         places = []
@@ -99,7 +105,7 @@ class HostContext:
 class HostEngine:
     """An engine of eager PyTorch."""
 
-    device_memory_bytes = 1 << 20
+    device_memory_bytes = 1 << 12
 
     def __init__(self, model: TransformerXL, info: RuntimeInfo, products: str | None = None) -> None:
         self.info = info
@@ -137,8 +143,8 @@ class HostEngine:
         """Return the kernels of TensorRT-RTX: here how many contexts there are."""
         return bytes([len(self.contexts)])
 
-    def context(self) -> HostContext:
-        self.contexts.append(HostContext(self))
+    def context(self, scratch: int, scratch_bytes: int) -> HostContext:
+        self.contexts.append(HostContext(self, scratch, scratch_bytes))
         return self.contexts[-1]
 
     def arranged(self, given: list[Tensor]) -> list[Any]:
@@ -251,7 +257,7 @@ def test_a_fixed_number_of_streams() -> None:
     pair = make_pair(batch=(4, 4))
     assert_same_rollout(pair, 4)
     three = pair.segments(3, 1)
-    with pytest.raises(ShapeRangeError, match=r"within 4\.\.4"):
+    with pytest.raises(ShapeRangeError, match=r"must be 4 for"):
         pair.runtime.step(*three[0], pair.runtime.initial_memory(3))
 
 
@@ -339,14 +345,42 @@ def test_many_shapes_share_few_contexts(monkeypatch: pytest.MonkeyPatch) -> None
     assert pair.launcher.replayed > 0
 
 
-def test_contexts_of_a_large_engine_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HostEngine, "device_memory_bytes", 1 << 40)
+@pytest.mark.parametrize("size", [0, 1, 5000])
+def test_contexts_share_one_piece_of_scratch_memory(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostEngine, "device_memory_bytes", size)
     pair = make_pair(head="logits")
-    sessions = [Session(pair.runtime, B) for B in (1, 2)]
-    for _ in range(8):
-        for session in sessions:
-            session.next_token(pair.segments(session.memory.length_B.shape[0], 1)[0][0])
-    assert len(pair.engine.contexts) == 2
+    for B in (1, 2):
+        assert_same_rollout(pair, B, count=4)
+    assert len(pair.engine.contexts) == 3
+    assert {context.scratch.numel() for context in pair.engine.contexts} == {size}
+    assert len({context.scratch.data_ptr() for context in pair.engine.contexts}) == 1
+    assert pair.runtime._contexts._scratch.numel() == (size + 256 if size else 0)
+
+
+@pytest.mark.parametrize(("batch_size", "most_rare"), [(1, 5), (4, 8), (32, 24)])
+def test_usual_text_takes_one_pair_of_graphs_whatever_its_words_are(batch_size: int, most_rare: int) -> None:
+    """Rows of a cluster are padded to 5 of 5 targets, 8 of 20 and 24 of 160."""
+    pair = make_pair(batch=(1, 32))
+    ids = torch.zeros((batch_size, TGT_LEN), dtype=torch.int64)
+    ours, theirs = Session(pair.eager, batch_size), Session(pair.runtime, batch_size)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(20):
+        words = ids.clone().view(-1)
+        rare = torch.randperm(words.numel(), generator=generator)[: number * most_rare // 19]
+        words[rare] = torch.randint(5, 20, (len(rare),), generator=generator)
+        words = words.view_as(ids)
+        torch.testing.assert_close(theirs.step(words, words), ours.step(words, words), atol=1e-5, rtol=1e-5)
+    assert (pair.launcher.captured, pair.launcher.enqueued, pair.launcher.replayed) == (2, 5, 15)
+
+
+def test_more_rare_words_than_usual_take_a_graph_of_their_own() -> None:
+    pair = make_pair()
+    session = Session(pair.runtime, 6)
+    for word in (0, 6) * 12:
+        ids = torch.full((6, TGT_LEN), word)
+        session.step(ids, ids)
+    assert {shapes[1] for shapes in pair.runtime._contexts._own} == {8, 6 * TGT_LEN}
+    assert pair.launcher.replayed > 0
 
 
 def test_a_memory_stays_valid_until_the_step_after_the_next_one() -> None:
@@ -496,6 +530,99 @@ def test_a_bucket_holds_its_rows_and_little_more(limit: int) -> None:
     assert len(set(sizes)) <= 18
 
 
+@pytest.mark.parametrize("n_targets", [1, 5, 64, 2048])
+def test_rows_are_padded_to_the_usual_share_and_beyond_it_to_their_bucket(n_targets: int) -> None:
+    least = bucket(n_targets // 8, n_targets)
+    lengths = [padded_length(count, n_targets) for count in range(n_targets + 1)]
+    assert lengths == [max(least, bucket(count, n_targets)) for count in range(n_targets + 1)]
+    assert lengths[: n_targets // 8 + 1] == [least] * (n_targets // 8 + 1)
+    assert all(1 <= length <= n_targets for length in lengths)
+
+
+class GraphOfNothing:
+    """A `torch.cuda.CUDAGraph` that writes down what is called."""
+
+    def __init__(self, calls: list[Any], broken: bool) -> None:
+        self.calls, self.broken = calls, broken
+
+    def capture_begin(self, **options: Any) -> None:
+        self.calls.append(("begin", options))
+
+    def capture_end(self) -> None:
+        self.calls.append("end")
+        if self.broken:
+            raise RuntimeError("capture was invalidated")
+
+    def replay(self) -> None:
+        self.calls.append("replay")
+
+
+class StreamedContext:
+    """A context that writes down when it runs, and fails where it should."""
+
+    def __init__(self, calls: list[Any], error: Exception | None = None) -> None:
+        self.calls, self.error = calls, error
+
+    def is_capturable(self, stream: int) -> bool:
+        return True
+
+    def enqueue(self, stream: int) -> None:
+        self.calls.append(stream)
+        if self.error is not None:
+            raise self.error
+
+
+def cuda_launcher(calls: list[Any], monkeypatch: pytest.MonkeyPatch, *, broken: bool = False) -> CudaLauncher:
+    """Return the launcher on a machine whose CUDA writes down what is called, and must neither wait nor free memory."""
+
+    @contextlib.contextmanager
+    def current(stream: Any) -> Iterator[None]:
+        calls.append("on the stream")
+        yield
+        calls.append("off the stream")
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("called while a step may be timed")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: GraphOfNothing(calls, broken))
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, never)
+    monkeypatch.setattr(gc, "collect", never)
+    return CudaLauncher("cuda:0")
+
+
+CAPTURE = ["on the stream", ("begin", {"capture_error_mode": "thread_local"}), 7, "end"]
+
+
+def test_a_graph_is_captured_on_the_launchers_stream_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    replay = cuda_launcher(calls, monkeypatch).capture(StreamedContext(calls))  # type: ignore[arg-type]
+    assert calls == [*CAPTURE, "off the stream"]
+    replay()
+    assert calls[-1] == "replay"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("cannot be enqueued"), EnvironmentUnfitError("could not run a step")])
+def test_a_step_that_fails_while_it_is_captured_ends_the_capture(broken: bool, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    launcher = cuda_launcher(calls, monkeypatch, broken=broken)
+    with pytest.raises(type(error)) as caught:
+        launcher.capture(StreamedContext(calls, error))  # type: ignore[arg-type]
+    assert caught.value is error
+    assert calls == CAPTURE
+
+
+def test_a_capture_that_does_not_end_well_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    launcher = cuda_launcher(calls, monkeypatch, broken=True)
+    with pytest.raises(RuntimeError, match="capture was invalidated"):
+        launcher.capture(StreamedContext(calls))  # type: ignore[arg-type]
+    assert calls == CAPTURE
+
+
 class HostApi:
     """An adapter over no package, whose engines compute with PyTorch."""
 
@@ -552,6 +679,29 @@ def test_a_package_that_is_not_the_version_of_its_metadata_does_not_see_the_engi
     with pytest.raises(EnvironmentUnfitError, match=r"built by TensorRT-RTX 1\.7\.1\.116.*but 1\.6\.0\.10 is installed") as caught:
         open_artifact(t4_engine)
     assert "pip install tensorrt-rtx==1.7.1.116" in str(caught.value.remedy)
+    assert host_api.opened == []
+
+
+@pytest.mark.parametrize("change", ["another byte", "not listed"])
+def test_an_engine_that_changes_after_it_was_verified_is_refused_before_it_is_opened(
+    change: str, t4_engine: Path, host_api: HostApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = Path(shutil.copytree(t4_engine, tmp_path / "engine"))
+    manifest = read_manifest(copied)
+    if change == "another byte":
+        plan = bytearray((copied / "model.plan").read_bytes())
+        plan[-1] ^= 1
+        (copied / "model.plan").write_bytes(plan)
+    else:
+        manifest = dataclasses.replace(manifest, files={name: file for name, file in manifest.files.items() if name != "model.plan"})
+
+    def loaded(package: str) -> None:
+        raise AssertionError("the package was loaded")
+
+    monkeypatch.setattr(tensorrt, "find", loaded)
+    with pytest.raises(ManifestError, match=r"model\.plan of .* was changed: its sha256 is") as caught:
+        tensorrt.open_engine(copied, dataclasses.replace(host_api.engine.info, origin="engines/a"), manifest)
+    assert caught.value.exit_code == 4
     assert host_api.opened == []
 
 

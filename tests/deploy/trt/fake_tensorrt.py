@@ -62,6 +62,10 @@ class Fake:
     takes_shapes: bool = True
     runs: bool = True
     takes_runtime_cache: bool = True
+    scratch_bytes: int = 1 << 20
+    """Memory that the engine takes to run; 0 where it needs none."""
+    requires_user_allocation: bool | None = None
+    """Whether the engine was built so; None: as the adapter builds them, with TensorRT-RTX."""
     information: Any = field(default_factory=lambda: {"Layers": [], "Bindings": []})
     during_build: Callable[[], None] = lambda: None
     calls: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
@@ -69,6 +73,8 @@ class Fake:
     def __post_init__(self) -> None:
         """Make the module."""
         self.record = read(self.release)
+        if self.requires_user_allocation is None:
+            self.requires_user_allocation = self.package == "tensorrt_rtx"
         self.module = _make_module(self)
 
     @property
@@ -282,6 +288,42 @@ def _memory(fake: Fake, content: bytes) -> Any:
     return made(fake.module, "IHostMemory", bytes=content)
 
 
+def _open(fake: Fake, runtime: Any, plan: bytes) -> Any:
+    return made(fake.module, "ICudaEngine", logger=runtime._values["arguments"][0]) if fake.opens else None
+
+
+def _create_context(fake: Fake, engine: Any, choice: Any = None) -> Any:
+    """Make a context as its strategy, or that of its runtime configuration, says; the message is that of the real one."""
+    strategy = choice._values.get("strategy") if hasattr(choice, "_values") else choice
+    user_managed = strategy is fake.module.ExecutionContextAllocationStrategy.USER_MANAGED
+    if fake.requires_user_allocation and not user_managed:
+        message = (
+            "Engine was built with BuilderFlag::kREQUIRE_USER_ALLOCATION. Execution context creation requires "
+            "ExecutionContextAllocationStrategy::kUSER_MANAGED allocation strategy."
+        )
+        engine._values["logger"].log(fake.module.ILogger.Severity.ERROR, message)
+        return None
+    scratch = 0 if user_managed else fake.scratch_bytes
+    return made(fake.module, "IExecutionContext", logger=engine._values["logger"], scratch=scratch)
+
+
+def _set_strategy(fake: Fake, config: Any, strategy: Any) -> Any:
+    config._values["strategy"] = strategy
+    return NotImplemented
+
+
+def _set_device_memory(fake: Fake, context: Any, address: int, size: int) -> Any:
+    if address and address % 256 == 0 and size >= fake.scratch_bytes:
+        context._values["scratch"] = size
+    else:
+        context._values["logger"].log(fake.module.ILogger.Severity.ERROR, f"no {fake.scratch_bytes} aligned bytes at {address}")
+    return NotImplemented
+
+
+def _run(fake: Fake, context: Any, stream: int) -> bool:
+    return fake.runs and context._values["scratch"] >= fake.scratch_bytes
+
+
 _BEHAVIOURS: dict[str, Callable[..., Any]] = {
     "OnnxParser.parse_from_file": _parse,
     "OnnxParser.num_errors": lambda fake, this: len(fake.parse_errors),
@@ -299,7 +341,8 @@ _BEHAVIOURS: dict[str, Callable[..., Any]] = {
     "IBuilderConfig.create_timing_cache": _create_timing_cache,
     "IBuilderConfig.set_timing_cache": _set_timing_cache,
     "ITimingCache.serialize": lambda fake, this: _memory(fake, b"timings of " + fake.release.encode()),
-    "Runtime.deserialize_cuda_engine": lambda fake, this, plan: made(fake.module, "ICudaEngine") if fake.opens else None,
+    "Runtime.deserialize_cuda_engine": _open,
+    "ICudaEngine.create_execution_context": _create_context,
     "ICudaEngine.num_io_tensors": lambda fake, this: len(fake.inputs) + len(fake.outputs),
     "ICudaEngine.get_tensor_name": lambda fake, this, i: [*fake.inputs, *fake.outputs][i].name,
     "ICudaEngine.get_tensor_mode": lambda fake, this, name: fake.module.TensorIOMode["INPUT" if _tensor(fake, name).is_input else "OUTPUT"],
@@ -308,13 +351,15 @@ _BEHAVIOURS: dict[str, Callable[..., Any]] = {
     "ICudaEngine.get_tensor_profile_shape": lambda fake, this, name, i: [
         tuple(batch if axis == -1 else axis for axis in _tensor(fake, name).shape) for batch in (1, 8, 32)
     ],
-    "ICudaEngine.device_memory_size_v2": lambda fake, this: 1 << 20,
+    "ICudaEngine.device_memory_size_v2": lambda fake, this: fake.scratch_bytes,
     "EngineInspector.get_engine_information": lambda fake, this, format: json.dumps(fake.information),
     "IRuntimeCache.deserialize": lambda fake, this, content: fake.takes_runtime_cache,
     "IRuntimeCache.serialize": lambda fake, this: _memory(fake, b"kernels"),
     "IRuntimeConfig.create_runtime_cache": lambda fake, this: made(fake.module, "IRuntimeCache"),
+    "IRuntimeConfig.set_execution_context_allocation_strategy": _set_strategy,
     "IExecutionContext.set_input_shape": lambda fake, this, name, shape: fake.takes_shapes,
     "IExecutionContext.infer_shapes": lambda fake, this: [],
     "IExecutionContext.get_tensor_shape": lambda fake, this, name: _tensor(fake, name).shape,
-    "IExecutionContext.execute_async_v3": lambda fake, this, stream: fake.runs,
+    "IExecutionContext.set_device_memory": _set_device_memory,
+    "IExecutionContext.execute_async_v3": _run,
 }

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.trt.fake_tensorrt import PLAN, T4, V100, Fake, installed
+from tests.deploy.trt.fake_tensorrt import PLAN, RELEASES, T4, V100, Fake, installed
 from tests.deploy.trt.graphs import WIDTH, write_graph
 from txl_deploy.trt import api, cuda
 from txl_deploy.trt.profiles import Profile
 from txl_train.errors import ArtifactError, EnvironmentUnfitError, TxlError, UsageError, ValidationError
 
 SPEC = api.BuildSpec(onnx=Path("model.onnx"), profiles=[Profile(name="x", min=(1, 4), opt=(8, 4), max=(32, 4))])
+SCRATCH = (4096, 1 << 20)
+"""Address and size of what the pretended engine takes."""
 ANY_BUILDER = pytest.mark.parametrize("release", ["11.4", "rtx-1.7"])
 
 
@@ -50,7 +52,11 @@ def test_an_absent_package_names_the_command_that_installs_it(package: Any, comm
         ("raise FileNotFoundError('Could not find: nvinfer_10.dll')", "does not load: Could not find"),
         (
             "__version__ = '8.6.1'\nclass ILogger:\n    class Severity:\n        INTERNAL_ERROR = ERROR = WARNING = INFO = 0",
-            "too old: 10.0",
+            "too old: 10.4",
+        ),
+        (
+            "__version__ = '10.0.1'\nclass ILogger:\n    class Severity:\n        INTERNAL_ERROR = ERROR = WARNING = INFO = 0",
+            "TensorRT 10.0.1 is too old: 10.4 is the first that can be used",
         ),
     ],
 )
@@ -181,14 +187,14 @@ def test_an_engine_that_does_not_open_is_no_artifact(release: str, monkeypatch: 
 
 def test_a_shape_outside_the_profile_names_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     with installed(Fake("11.4", takes_shapes=False), monkeypatch, T4) as adapter:
-        context = adapter.open_engine(PLAN).context()
+        context = adapter.open_engine(PLAN).context(*SCRATCH)
         with pytest.raises(UsageError, match=r"takes `x` of \(1, 4\) to \(32, 4\), not \(64, 4\)"):
             context.set_shape("x", [64, 4])
 
 
 def test_a_step_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with installed(Fake("11.4", runs=False), monkeypatch, T4) as adapter:
-        context = adapter.open_engine(PLAN).context()
+        context = adapter.open_engine(PLAN).context(*SCRATCH)
         with pytest.raises(EnvironmentUnfitError, match="could not run a step"):
             context.enqueue(0)
 
@@ -198,6 +204,61 @@ def test_kernels_compiled_elsewhere_are_compiled_anew(monkeypatch: pytest.Monkey
     with installed(Fake("rtx-1.7", takes_runtime_cache=False), monkeypatch, T4) as adapter:
         adapter.open_engine(PLAN, b"of another GPU")
     assert "made anew" in caplog.text
+
+
+# Scratch memory
+
+
+def start(fake: Fake, monkeypatch: pytest.MonkeyPatch, *scratch: int) -> None:
+    """Open an engine and run a step of it."""
+    with installed(fake, monkeypatch, T4) as adapter:
+        adapter.open_engine(PLAN).context(*scratch).enqueue(7)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("requires", [True, False])
+def test_a_step_runs_in_the_scratch_memory_it_is_given(release: str, requires: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(release, requires_user_allocation=requires)
+    start(fake, monkeypatch, *SCRATCH)
+    assert fake.called("IExecutionContext.set_device_memory") == [SCRATCH]
+    (choice,) = fake.called("ICudaEngine.create_execution_context")[0]
+    if fake.package == "tensorrt_rtx":
+        ((choice,),) = fake.called("IRuntimeConfig.set_execution_context_allocation_strategy")
+    assert choice.name == "USER_MANAGED"
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("scratch", [(4097, 1 << 20), (4096, (1 << 20) - 1), (0, 1 << 20)], ids=["crooked", "too small", "nowhere"])
+def test_scratch_memory_that_is_refused_is_an_error(release: str, scratch: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EnvironmentUnfitError, match="cannot run the engine, which takes 1 MB of the GPU: no 1048576 aligned bytes"):
+        start(Fake(release), monkeypatch, *scratch)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_an_engine_that_takes_none_is_given_none(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(release, scratch_bytes=0)
+    start(fake, monkeypatch, 0, 0)
+    assert fake.called("IExecutionContext.set_device_memory") == []
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_pretended_package_does_not_run_without_scratch_memory(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(release)
+    with installed(fake, monkeypatch, T4) as adapter:
+        engine = adapter.open_engine(PLAN)
+        assert engine._engine.create_execution_context(engine._config).execute_async_v3(0) is False
+
+
+def test_the_pretended_tensorrt_rtx_makes_no_context_with_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake("rtx-1.7")
+    with installed(fake, monkeypatch, T4) as adapter:
+        engine = adapter.open_engine(PLAN)
+        assert engine._engine.create_execution_context() is None
+        static = engine._engine.create_runtime_config()
+        assert engine._engine.create_execution_context(static) is None
+        engine._config = static
+        with pytest.raises(EnvironmentUnfitError, match="kUSER_MANAGED allocation strategy"):
+            engine.context(*SCRATCH)
 
 
 # What it says

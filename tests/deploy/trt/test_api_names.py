@@ -71,7 +71,7 @@ def run_everything(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> api.Built:
         assert engine.profile_shapes("x") == Profile(name="x", min=(1, 4), opt=(8, 4), max=(32, 4))
         assert engine.inspect() == fake.information
         assert engine.device_memory_bytes == 1 << 20
-        context = engine.context()
+        context = engine.context(256, 1 << 20)
         context.set_shape("x", (3, 4))
         assert context.infer_missing() == []
         assert context.shape("y") == (-1, 4)
@@ -90,6 +90,7 @@ def test_an_engine_is_built_opened_and_run_with_the_names_of(release: str, monke
     assert built.plan == PLAN
     assert fake.called("IOptimizationProfile.set_shape")[-1] == ("x", (1, 4), (8, 4), (32, 4))
     assert fake.called("IExecutionContext.execute_async_v3") == [(7,)]
+    assert fake.called("IExecutionContext.set_device_memory") == [(256, 1 << 20)]
     assert fake.called("Runtime.deserialize_cuda_engine") == [(PLAN,)]
     assert fake.called("IBuilderConfig.builder_optimization_level")[-1] == (3,)
 

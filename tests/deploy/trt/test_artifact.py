@@ -174,7 +174,20 @@ def pretend_that_it_runs(monkeypatch: pytest.MonkeyPatch, graph: Path) -> None:
         return runtime  # type: ignore[no-any-return]
 
     monkeypatch.setattr(artifacts, "check_fits", lambda *_, **__: gpu())
+    monkeypatch.setattr(artifacts, "resolve_device", lambda _: "cuda:0")
     monkeypatch.setattr(artifacts, "open_artifact", open_instead)
+
+
+def test_an_engine_that_fails_where_it_should_run_is_not_written(fp16_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_that_it_runs(monkeypatch, fp16_onnx)
+
+    def fail(*_: object, **__: object) -> None:
+        raise EnvironmentUnfitError("TensorRT-RTX could not run a step: illegal memory access.")
+
+    monkeypatch.setattr(artifacts, "compare", fail)
+    with pytest.raises(EnvironmentUnfitError, match="could not run a step"):
+        export_engine(request_of(fp16_onnx, tmp_path / "e"))
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- kits ------------------------------------------------------------------------------------------------------------------------

@@ -105,3 +105,11 @@ def test_without_its_management_library_the_driver_is_read_from_the_kernel(
 def test_a_driver_that_says_nothing_has_no_version(driver: Install) -> None:
     driver(nvml=1)
     assert cuda.driver_version() is None
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("2,3", "3"), ("GPU-a,GPU-b", "GPU-b"), ("5", "1")])
+def test_the_gpu_to_choose_is_named_as_the_variable_names_it(monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert cuda.visible_name(1) == expected

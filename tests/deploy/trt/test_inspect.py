@@ -76,6 +76,15 @@ def test_a_product_is_of_the_type_it_multiplies_in_whatever_is_fused_with_it() -
     assert engine_precisions({"Layers": [fused, plain]}).products == {"float16": 1, "float32": 1}
 
 
+def test_the_name_of_a_kernel_says_what_the_factors_are_of_where_the_inputs_differ() -> None:
+    half, wide = {"Name": "a", "Format/Datatype": "Half"}, {"Name": "b", "Format/Datatype": "Float"}
+    layer = {"LayerType": "gemm", "Inputs": [wide, wide, half], "Outputs": [wide], "TacticName": "sm80_xmma_gemm_f32f32_f32f32_f32_nn_n"}
+    assert engine_precisions({"Layers": [layer]}).products == {"float32": 1}
+    assert engine_precisions({"Layers": [layer | {"TacticName": "sm75_xmma_gemm_f16f16_f16f32_f32_tn_n"}]}).products == {"float16": 1}
+    assert engine_precisions({"Layers": [layer | {"TacticName": "cutlass_gemm"}]}).products == {"float16": 1}
+    assert engine_precisions({"Layers": [layer | {"Inputs": [wide, wide], "TacticName": "gemm_f16f16_f16"}]}).products == {"float32": 1}
+
+
 def test_an_engine_of_tensorrt_11_has_the_type_in_a_field_of_its_own() -> None:
     assert engine_precisions(ENGINE_11).record() == {"engine_products": {"float16": 1}, "engine_layers": {"float16": 1}}
 

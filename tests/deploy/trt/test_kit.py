@@ -32,12 +32,14 @@ T4 = {"name": "Tesla T4", "compute_capability": "7.5", "driver": "550.54.15"}
 
 STAND_IN = '''
 """As much of TensorRT 10.4 as a kit's script calls. `journal` lists what it was asked for."""
+import os
+import signal
 from enum import Enum
 from pathlib import Path
 
 __version__ = "10.4.0"
 journal = []
-plan, errors, starts = b"a plan", [], True
+plan, errors, starts, interrupted = b"a plan", [], True, False
 
 class Kind(Enum):
     CONSTANT = 0
@@ -58,6 +60,8 @@ class Severity(Enum):
     WARNING = 2
 class ILogger:
     Severity = Severity
+class IProgressMonitor:
+    pass
 
 class Tensor:
     def __init__(self, dtype, shape): self.dtype, self.shape = dtype, shape
@@ -100,6 +104,9 @@ class Builder:
     def create_builder_config(self): return Config()
     def create_optimization_profile(self): return Shapes()
     def build_serialized_network(self, network, config):
+        if interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+            return plan if config.progress_monitor.step_complete("phase", 1) else None
         if plan is None:
             self.logger.log(Severity.WARNING, "a warning")
             self.logger.log(Severity.ERROR, "out of memory")
@@ -367,6 +374,7 @@ def test_the_kit_builds_a_valid_artifact_on_its_target(
         ({"errors": ["no importer for Frobnicate"]}, 1, "does not take the graph: no importer for Frobnicate"),
         ({"plan": None}, 1, "could not build the engine: out of memory."),
         ({"starts": False}, 3, "does not start on this machine"),
+        ({"interrupted": True}, 130, "Interrupted. Nothing was written."),
         ({"__version__": "10.3.0"}, 3, "Python loads 10.3.0"),
     ],
 )
@@ -436,7 +444,7 @@ def test_every_name_that_the_script_uses_exists_in(release: str, monkeypatch: py
             }
         },
     )
-    plan, cache, precisions = kit_build.build_plan(kit, Path("model.onnx"))
+    plan, cache, precisions = kit_build.build_plan(kit, Path("model.onnx"), kit_build.Stop())
     assert plan == PLAN
     assert (cache is None) == (fake.package == "tensorrt_rtx")
     assert precisions

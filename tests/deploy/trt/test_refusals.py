@@ -14,7 +14,7 @@ import pytest
 
 from tests.deploy.conftest import Exports
 from txl_deploy.cli.main import main
-from txl_deploy.manifest import EngineFacts, Manifest, read_manifest, write_manifest
+from txl_deploy.manifest import PARENT_FILE, EngineFacts, Manifest, read_manifest, write_manifest
 from txl_deploy.runtimes import tensorrt as runtime
 from txl_deploy.trt import cuda, refusals
 from txl_deploy.trt.cuda import Gpu
@@ -190,11 +190,13 @@ def test_a_graph_that_calls_itself_an_engine_is_refused(fp16_onnx: Path, t4_engi
     on(gpu())
     copy = Path(shutil.copytree(fp16_onnx, tmp_path / "graph"))
     manifest = read_manifest(copy)
-    facts = read_manifest(t4_engine).engine
-    write_manifest(copy, dataclasses.replace(manifest, format="trt-rtx", engine=facts), manifest.files)
+    engine = read_manifest(t4_engine)
+    shutil.copy(t4_engine / PARENT_FILE, copy / PARENT_FILE)
+    forged = dataclasses.replace(manifest, format="trt-rtx", engine=engine.engine, source=engine.source, batch=engine.batch)
+    write_manifest(copy, forged, [*manifest.files, PARENT_FILE])
     code, told = evaluate(copy, capsys)
-    assert code == 1
-    assert "claims to be of format trt-rtx, but holds model.onnx instead of model.plan" in told
+    assert code == 4
+    assert "lists no model.plan, so there is no model" in told
 
 
 @pytest.mark.slow
