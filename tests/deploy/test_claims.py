@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from tests.deploy.conftest import Exports
-from tests.support import small_config
+from tests.support import small_config, write_checkpoint
 from txl_deploy import claims
 from txl_deploy import manifest as manifests
 from txl_deploy.cli.main import main
@@ -323,10 +323,11 @@ def test_what_is_no_onnx_file_is_one_clear_error(tmp_path: Path, content: bytes)
         claims.stored_matrices(tmp_path / "model.onnx")
 
 
-def test_weights_in_a_file_that_has_no_checksum_are_refused(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_a_file_that_has_no_checksum_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("txl_deploy.export.onnx.EXTERNAL_DATA_BYTES", 1000)
     out = tmp_path / "external"
-    export_artifact(ExportRequest(checkpoint=exports.checkpoint, out=out, format="onnx", batch_size=3, mem_len=3))
+    write_checkpoint(tmp_path / "c.pt", small_config(n_layer=1, d_inner=300))
+    export_artifact(ExportRequest(checkpoint=tmp_path / "c.pt", out=out, format="onnx", batch_size=3))
     manifest = manifests.read_manifest(out)
     assert "model.onnx_data" in manifest.files
     manifests.write_manifest(out, dataclasses.replace(manifest, files={}), [name for name in manifest.files if name != "model.onnx_data"])
