@@ -24,11 +24,18 @@ KINDS = "an exported model (a folder with manifest.json), a checkpoint (.pt), a 
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path), metavar="X")
+@click.option("--layers", is_flag=True, help="Of an engine, on its GPU: list each layer with the types it reads and yields.")
 @json_option
 @verbosity_options
-def command(path: Path, as_json: bool) -> None:
+def command(path: Path, layers: bool, as_json: bool) -> None:
     """Say what X is: an exported model's folder, a checkpoint, an ONNX graph or a vocabulary."""
     document = describe(path)
+    if layers:
+        if document.get("format") not in ("trt", "trt-rtx"):
+            raise UsageError(f"{path} is no engine, and `--layers` lists an engine's.", remedy="Leave it out, or give an engine's folder.")
+        from txl_deploy.runtimes.tensorrt import layers_of
+
+        document["layers"] = layers_of(Path(document["path"]))
     if as_json:
         echo_json(document)
     else:
@@ -185,6 +192,9 @@ def _lines(document: dict[str, Any], indent: str = "") -> Iterator[str]:
         if isinstance(value, dict) and value:
             yield f"{indent}{key}:"
             yield from _lines(value, indent + "  ")
+        elif key == "layers" and isinstance(value, list):
+            yield f"{indent}{key}:"
+            yield from (f"{indent}  {line}" for line in value)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             yield f"{indent}{key}:"
             for item in value:

@@ -34,9 +34,9 @@ from txl_deploy.manifest import Manifest
 from txl_deploy.runtimes.base import RuntimeInfo
 from txl_deploy.runtimes.graph import GraphRuntime
 from txl_deploy.signature import Signature, TensorSpec, step_signature
-from txl_deploy.trt.api import ContextHandle, EngineHandle, find
+from txl_deploy.trt.api import Api, ContextHandle, EngineHandle, find
 from txl_deploy.trt.cuda import Gpu
-from txl_deploy.trt.inspect import engine_precisions
+from txl_deploy.trt.inspect import describe_engine, engine_precisions
 from txl_deploy.trt.refusals import PLAN_FILE, check_fits, check_version
 from txl_train.data.idcache import default_cache_dir
 from txl_train.errors import ArtifactError, ManifestError, TxlError, UsageError
@@ -145,7 +145,28 @@ def open_engine(directory: Path, info: RuntimeInfo, manifest: Manifest) -> Tenso
         UsageError, EnvironmentUnfitError: this machine is not what the engine was built for (`trt.refusals`); nothing native was loaded.
         ArtifactError: it is not the engine that its manifest describes.
     """
-    gpu = check_fits(manifest, device=info.device, origin=info.origin)
+    gpu, api, plan, plan_sha256 = _checked(directory, manifest, device=info.device, origin=info.origin)
+    cache = KernelCache.of(plan_sha256, gpu) if api.package == "tensorrt_rtx" else None
+    with torch.cuda.device(info.device):
+        engine = api.open_engine(plan, None if cache is None else cache.load())
+        readback = {"package": api.package, "version": api.version, "gpu": gpu.name}
+        described = dataclasses.replace(info, provider=api.name, readback=readback)
+        return TensorRTRuntime(engine, described, keep=None if cache is None else cache.save)
+
+
+def layers_of(directory: Path) -> list[str]:
+    """Return a line for each layer of the engine in an artifact, as the package's inspector tells them on its GPU.
+
+    Raises what `open_engine` raises, and `ManifestError` where the artifact is not what its manifest says.
+    """
+    manifest = manifests.read_verified(directory)
+    _, api, plan, _ = _checked(directory, manifest, device="cuda:0", origin=str(directory))
+    return describe_engine(api.open_engine(plan).inspect())
+
+
+def _checked(directory: Path, manifest: Manifest, *, device: str, origin: str) -> tuple[Gpu, Api, bytes, str]:
+    """Return the GPU, the package, the plan and its checksum, after everything that is refused before a native loader sees the plan."""
+    gpu = check_fits(manifest, device=device, origin=origin)
     assert manifest.engine is not None  # or it was refused
     facts = manifest.engine
     plan = manifests.artifact_file(directory, PLAN_FILE).read_bytes()
@@ -153,17 +174,12 @@ def open_engine(directory: Path, info: RuntimeInfo, manifest: Manifest) -> Tenso
     if record is None or actual != record.sha256:
         expected = "absent from its manifest" if record is None else f"not {record.sha256[:12]}…"
         raise ManifestError(
-            f"{PLAN_FILE} of {info.origin or directory} was changed: its sha256 is {actual[:12]}…, {expected}.",
+            f"{PLAN_FILE} of {origin or directory} was changed: its sha256 is {actual[:12]}…, {expected}.",
             remedy="Export it again with `txl export`, or copy it again.",
         )
     api = find(facts.builder)
-    check_version(facts, api.version, origin=info.origin)
-    cache = KernelCache.of(actual, gpu) if facts.builder == "tensorrt_rtx" else None
-    with torch.cuda.device(info.device):
-        engine = api.open_engine(plan, None if cache is None else cache.load())
-        readback = {"package": facts.builder, "version": api.version, "gpu": gpu.name}
-        described = dataclasses.replace(info, provider=api.name, readback=readback)
-        return TensorRTRuntime(engine, described, keep=None if cache is None else cache.save)
+    check_version(facts, api.version, origin=origin)
+    return gpu, api, plan, actual
 
 
 class TensorRTRuntime(GraphRuntime):

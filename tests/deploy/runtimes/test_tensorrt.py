@@ -25,6 +25,7 @@ from torch import Tensor
 from tests.deploy.conftest import Exports
 from tests.support import build_model, random_ids, small_config
 from txl_deploy import claims
+from txl_deploy.cli.main import main
 from txl_deploy.manifest import BatchRange, read_manifest
 from txl_deploy.parity.rollout import compare, random_segments
 from txl_deploy.parity.tolerances import tolerance_for
@@ -627,6 +628,7 @@ class HostApi:
     """An adapter over no package, whose engines compute with PyTorch."""
 
     name = "TensorRT-RTX 1.7.1.116"
+    package = "tensorrt_rtx"
 
     def __init__(self, checkpoint: Path, info: RuntimeInfo, version: str) -> None:
         self.version = version
@@ -680,6 +682,22 @@ def test_a_package_that_is_not_the_version_of_its_metadata_does_not_see_the_engi
         open_artifact(t4_engine)
     assert "pip install tensorrt-rtx==1.7.1.116" in str(caught.value.remedy)
     assert host_api.opened == []
+
+
+def test_the_layers_of_an_engine_are_listed_on_its_gpu(
+    exports: Exports, t4_engine: Path, host_api: HostApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(t4_engine), "--layers"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("layers:") + 1].split()
+    assert main(["inspect", str(exports.onnx), "--layers"]) == 2
+    assert "is no engine" in capsys.readouterr().err
+
+
+def test_without_a_gpu_no_layers_are_listed(t4_engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("txl_deploy.trt.cuda.devices", list)
+    assert main(["inspect", str(t4_engine), "--layers"]) == 3
+    assert "no NVIDIA GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["another byte", "not listed"])
