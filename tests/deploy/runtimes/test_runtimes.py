@@ -317,7 +317,7 @@ def test_a_truncated_graph_behind_a_matching_manifest_is_one_clear_error(exports
     graph.write_bytes(graph.read_bytes()[:2000])
     manifest = read_manifest(copy)
     write_manifest(copy, manifest, manifest.files)
-    with pytest.raises(ArtifactError, match="cannot (load|be read as ONNX)"):
+    with pytest.raises(ArtifactError, match=r"cannot (load|be read as ONNX)"):
         open_artifact(copy)
 
 
