@@ -21,20 +21,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from txl_deploy.manifest import BUILDER_FORMATS, MODEL_FILES, Manifest
 from txl_train.errors import ArtifactError, ManifestError, ValidationError
 
 if TYPE_CHECKING:
-    from txl_deploy.manifest import Manifest
     from txl_deploy.runtimes.base import RuntimeInfo
     from txl_train.config import ModelConfig
 
 FLOATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 """What `--dtype` calls each type of floating-point numbers."""
 
-MODEL_FILES = {"onnx": "model.onnx", "torchscript": "model.pt", "trt": "model.plan", "trt-rtx": "model.plan"}
-"""The file that each format keeps the model in."""
-
-BUILDERS = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
+BUILDERS = {form: builder for builder, form in BUILDER_FORMATS.items()}
 """The package that builds and runs engines of each format."""
 
 UNKNOWN = "unknown"

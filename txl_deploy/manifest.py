@@ -30,6 +30,8 @@ PARENT_FILE = "parent.json"
 Format = Literal["onnx", "torchscript", "trt", "trt-rtx"]
 MODEL_FILES: dict[str, str] = {"onnx": "model.onnx", "torchscript": "model.pt", "trt": "model.plan", "trt-rtx": "model.plan"}
 """The file that each format keeps the model in."""
+BUILDER_FORMATS: dict[str, Format] = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
+"""The format of the engines that each package builds and runs."""
 Dtype = Literal["fp32", "fp16"]
 
 

@@ -436,10 +436,6 @@ class ContextHandle:
         """Return the inputs that have no shape yet; the shapes of outputs are known when there is none."""
         return list(self._context.infer_shapes())
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of an input or output as the inputs' shapes make it; -1 where that is not known yet."""
-        return tuple(self._context.get_tensor_shape(name))
-
     def is_capturable(self, stream: int) -> bool:
         """Return whether a step of these shapes can be captured as a CUDA graph on `stream`, as far as the package tells."""
         return self._engine._api.is_capturable(self._context, stream)

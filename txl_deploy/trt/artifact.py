@@ -38,8 +38,6 @@ TIMING_CACHE_FILE = "timing.cache"
 PORTABLE = "portable"
 """The name of no GPU in particular: TensorRT-RTX builds an engine that runs on every one from compute capability 8.0 on."""
 
-_FORMATS: dict[str, manifests.Format] = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
@@ -434,7 +432,7 @@ def _engine_manifest(request: EngineRequest, parent: Manifest, directory: Path, 
     facts = built.facts(choice.target)
     return dataclasses.replace(
         parent,
-        format=_FORMATS[built.api.package],
+        format=manifests.BUILDER_FORMATS[built.api.package],
         files={},
         source=dataclasses.replace(
             parent.source,

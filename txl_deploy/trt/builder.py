@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from txl_deploy.manifest import BatchRange, EngineFacts, Manifest, artifact_file, read_verified
+from txl_deploy.manifest import MODEL_FILES, BatchRange, EngineFacts, Manifest, artifact_file, read_verified
 from txl_deploy.signature import Signature, TensorSpec
 from txl_deploy.trt import cuda
 from txl_deploy.trt.api import NAMES, Api, BuildSpec, Built, Package, find
 from txl_deploy.trt.profiles import Profile, check_profiles, profiles_for
 from txl_train.errors import EnvironmentUnfitError, UsageError
 
-GRAPH_FILE = "model.onnx"
+GRAPH_FILE = MODEL_FILES["onnx"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any
 from txl_deploy import manifest as manifests
 from txl_deploy.bench.environment import git_commit
 from txl_deploy.compat import Stack, Target
-from txl_deploy.manifest import BatchRange, EngineFacts, Format, Parent
+from txl_deploy.manifest import BatchRange, EngineFacts, Parent
 from txl_deploy.trt import kit_build
 from txl_deploy.trt.profiles import Profile
 from txl_train.errors import ManifestError
@@ -27,7 +27,6 @@ from txl_train.files import file_sha256
 BUILD_COMMAND = "sh build.sh"
 ENGINE_FOLDER = "engine"
 _GRAPH_FOLDER = "onnx"
-_FORMATS: dict[str, Format] = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
 
 _BUILD_SH = """\
 #!/bin/sh
@@ -113,7 +112,7 @@ def write_kit(
     copied = sorted(name for name in parent.files if name.endswith(".json"))  # the vocabulary
     manifest = dataclasses.replace(
         parent,
-        format=_FORMATS[stack.builder],
+        format=manifests.BUILDER_FORMATS[stack.builder],
         files={},
         source=dataclasses.replace(
             parent.source, parent=Parent(manifest_sha256=file_sha256(onnx_dir / manifests.FILE_NAME), format=parent.format)

@@ -11,12 +11,12 @@ import importlib.metadata
 import re
 
 from txl_deploy import compat
-from txl_deploy.manifest import EngineFacts, Manifest
+from txl_deploy.manifest import MODEL_FILES, EngineFacts, Manifest
 from txl_deploy.trt import cuda
 from txl_deploy.trt.cuda import Gpu
 from txl_train.errors import EnvironmentUnfitError, ManifestError, UsageError
 
-PLAN_FILE = "model.plan"
+PLAN_FILE = MODEL_FILES["trt"]
 """The engine within its artifact."""
 
 DISTRIBUTIONS = {
