@@ -236,3 +236,9 @@ def test_the_work_is_bounded_but_the_memory_is_filled() -> None:
     text = audit_text(model_data(None), long, tgt_len=8)
     assert text.segments[0].target_ids_BT.shape[0] * 8 * len(text.segments) <= 4096
     assert len(text.segments) * 8 > 400
+
+
+def test_a_model_without_memory_has_nothing_in_float16_but_its_states() -> None:
+    result = audited(build_model(small_config(mem_len=0)), dtype="fp32")
+    assert result["worst"] is None
+    assert line(result) == "Nothing is in float16: there is no memory."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -235,3 +236,28 @@ def test_random_segments_are_consecutive_and_meet_every_cluster() -> None:
     seen = np.concatenate([segment.target_ids_BT.ravel() for segment in segments])
     for low, high in zip(CONFIG.cluster_ends, CONFIG.cluster_ends[1:]):
         assert ((seen >= low) & (seen < high)).any()
+
+
+class Shifted:
+    """A runtime whose every nll is off by the same amount, said to be of fp16."""
+
+    def __init__(self, inner: EagerRuntime, by: float) -> None:
+        self.inner, self.by = inner, by
+        self.info = dataclasses.replace(inner.info, dtype="fp16")
+        self.initial_memory = inner.initial_memory
+        self.next_token = inner.next_token
+        self.synchronize = inner.synchronize
+
+    def step(self, input_ids_BQ: torch.Tensor, target_ids_BT: torch.Tensor, memory: Memory) -> StepOutput:
+        nll_BT, new_memory = self.inner.step(input_ids_BQ, target_ids_BT, memory)
+        return StepOutput(nll_BT + self.by, new_memory)
+
+
+def test_a_shift_of_all_tokens_is_no_noise_however_few_they_are() -> None:
+    reference = EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN)
+    segments = random_segments(CONFIG, tgt_len=TGT_LEN)
+    mean = compare(reference, Shifted(reference, 0.0), segments).tolerance.mean_nll
+    assert compare(reference, Shifted(reference, 0.9 * mean), segments).passed
+    shifted = compare(reference, Shifted(reference, 1.1 * mean), segments)
+    assert not shifted.passed
+    assert shifted.reason.startswith("the mean")
