@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from txl_deploy import documents
 from txl_train.config import HeadKind, MemoryKind, SameLengthRule
-from txl_train.errors import ManifestError, nearest
+from txl_train.errors import ManifestError
 from txl_train.files import file_sha256
 
 FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 2
+RECEIPT_NAMES = r"receipt(-\w+)?\.json"
 PARENT_FILE = "parent.json"
 """The manifest of the graph that an engine was built from, kept beside the engine."""
 
@@ -233,7 +232,7 @@ def write_manifest(directory: Path, manifest: Manifest, files: Iterable[str]) ->
     target = directory / FILE_NAME
     partial = target.with_suffix(".partial")
     with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(_to_text(complete))
+        file.write(documents.to_text(complete))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(target)
@@ -274,25 +273,18 @@ def _read(directory: Path, path: Path) -> Manifest:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path} cannot be read: {error}.", remedy=remedy) from error
-    try:
-        document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path} is not valid JSON: {error}.", remedy=remedy) from error
-    if not isinstance(document, dict):
-        raise ManifestError(f"{path} holds no manifest but a {type(document).__name__}.", remedy=remedy)
+    document = documents.parse(text, path, ManifestError, remedy)
     version = document.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise ManifestError(
             f"{path} has schema_version {version}, but this version of txl knows only up to {SCHEMA_VERSION}.",
             remedy="Upgrade txl, or export the checkpoint again with this version.",
         )
-    recorded = document.pop("sha256", None)
-    if recorded != _checksum(document):
-        raise ManifestError(f"{path} was changed after it was written: its own checksum does not match.", remedy=remedy)
+    documents.check_content(document, path, ManifestError, remedy)
     if version == 1:
         document = _from_version_1(document)
     try:
-        manifest = _from_plain(Manifest, document, "")
+        manifest = documents.from_plain(Manifest, document, error=ManifestError)
     except ManifestError as error:
         raise ManifestError(f"{path}: {error.message}", remedy=error.remedy or remedy) from error
     assert isinstance(manifest, Manifest)
@@ -348,9 +340,10 @@ def read_verified(directory: Path, *, checkpoint: Path | None = None) -> Manifes
 
 
 def unlisted(directory: Path, manifest: Manifest) -> list[str]:
-    """Return the files in the folder that the manifest does not list, sorted; nothing of an artifact is read from them."""
+    """Return the files in the folder that the manifest does not list, sorted; nothing of an artifact is read from them. Receipts are made
+    after the manifest, so they are not among its files and not told here."""
     found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
-    return sorted(name for name in found if name != FILE_NAME and name not in manifest.files)
+    return sorted(name for name in found if name != FILE_NAME and name not in manifest.files and not re.fullmatch(RECEIPT_NAMES, name))
 
 
 def _findings(directory: Path, manifest: Manifest, checkpoint: Path | None) -> list[Finding]:
@@ -435,69 +428,3 @@ def _check_file_name(name: str) -> None:
         raise ManifestError(
             f"`{name}` is no file name within an artifact's folder.", remedy="Export the checkpoint again with `txl export`."
         )
-
-
-def _to_text(manifest: Manifest) -> str:
-    document = dataclasses.asdict(manifest)
-    document["sha256"] = _checksum(document)
-    return json.dumps(document, indent=2, allow_nan=False) + "\n"
-
-
-def _checksum(document: Mapping[str, Any]) -> str:
-    """Return the sha256 of a document's content, whatever its line breaks and the order of its keys."""
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise ValueError("a key stands in it twice")
-    return document
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _from_plain(expected: Any, value: Any, where: str) -> Any:
-    """Return `value` as `expected`, a type built of dataclasses, dicts, lists, literals and plain types; a `ManifestError` otherwise."""
-    if dataclasses.is_dataclass(expected) and isinstance(expected, type):
-        return _dataclass_from_plain(expected, value, where)
-    origin, arguments = get_origin(expected), get_args(expected)
-    if origin is Literal:
-        if value not in arguments:
-            raise ManifestError(
-                f"`{where}` must be one of {', '.join(arguments)}, but is {value!r} instead.{nearest(str(value), arguments)}"
-            )
-        return value
-    if origin is dict and isinstance(value, dict):
-        return {key: _from_plain(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is list and isinstance(value, list):
-        return [_from_plain(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    one_of = next((kind for kind in arguments if dataclasses.is_dataclass(kind)), None)
-    if one_of is not None and origin not in (dict, list):  # a dataclass or None
-        return None if value is None else _from_plain(one_of, value, where)
-    compound = next((kind for kind in arguments if origin is UnionType and get_origin(kind) is not None), None)
-    if compound is not None and value is not None:  # a dict, a list or a literal, or None
-        return _from_plain(compound, value, where)
-    kinds = tuple(kind for kind in (arguments or (expected,)) if isinstance(kind, type))
-    if expected is Any or (origin not in (dict, list) and isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)):
-        return value
-    name = getattr(expected, "__name__", str(expected)) if not arguments or origin in (dict, list) else str(expected)
-    raise ManifestError(f"`{where}` must be of type {name}, but is {value!r} instead.")
-
-
-def _dataclass_from_plain(expected: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ManifestError(f"`{where}` must hold several values by name, but is {value!r} instead.")
-    fields = {f.name: f for f in dataclasses.fields(expected)}
-    prefix = f"{where}." if where else ""
-    for key in value:
-        if key not in fields:
-            raise ManifestError(f"`{prefix}{key}` is unknown to this version of txl.{nearest(key, fields)}")
-    for name in fields:
-        if name not in value:
-            raise ManifestError(f"`{prefix}{name}` is missing.")
-    types = get_type_hints(expected)
-    return expected(**{name: _from_plain(types[name], value[name], prefix + name) for name in fields})

@@ -276,4 +276,6 @@ def _total(results: Sequence[EvalResult]) -> EvalResult:
         by_process=tuple(ProcessScore(sum(p.nll_nats_sum for p in part), sum(p.n_tokens for p in part)) for part in parts),
         step_seconds=tuple(value for result in results for value in result.step_seconds),
         step_tokens=tuple(value for result in results for value in result.step_tokens),
+        segment_nll_nats=tuple(value for result in results for value in result.segment_nll_nats),
+        segment_tokens=tuple(value for result in results for value in result.segment_tokens),
     )

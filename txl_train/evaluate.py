@@ -93,6 +93,10 @@ class EvalResult:
     """Wall time of each step until the device was done, of several processes the longest; empty unless steps were timed."""
     step_tokens: tuple[int, ...] = ()
     """Targets of each step over all processes, without padding; empty unless steps were timed."""
+    segment_nll_nats: tuple[float, ...] = ()
+    """Sum of −log p over the counted tokens of each segment, over all processes, nats."""
+    segment_tokens: tuple[int, ...] = ()
+    """Counted tokens of each segment, over all processes."""
 
     @property
     def nll_nats_per_token(self) -> float:
@@ -154,6 +158,7 @@ def evaluate(
     memory = stepper.initial_memory(batch_size)
     total, n_tokens, n_segments, not_finite = 0.0, 0, 0, -1
     steps: list[tuple[int, int, int]] = []
+    parts: list[tuple[float, int]] = []
     start = time.perf_counter()
     for segment in segments:
         if max_segments is not None and n_segments >= max_segments:
@@ -176,6 +181,7 @@ def evaluate(
             break  # several processes go on together to the end, where all are told
         total += part
         n_tokens += n_counted
+        parts.append((part, n_counted))
         if on_step is not None:
             on_step(n_segments)
     seconds = time.perf_counter() - start
@@ -189,6 +195,7 @@ def evaluate(
             )
     by_process = tuple(ProcessScore(float(part[0]), int(part[1])) for part in figures)
     by_step = torch.stack(world.gather(torch.tensor(steps))) if steps else torch.zeros(1, 0, 3)  # [processes, steps, 3]
+    by_segment = torch.stack(world.gather(torch.tensor(parts, dtype=torch.float64).reshape(-1, 2))).sum(dim=0)  # [segments, 2]
     counts: list[list[int]] = by_step[:, :, 1:].sum(dim=0).tolist()
     return EvalResult(
         nll_nats_sum=sum(part.nll_nats_sum for part in by_process),
@@ -198,4 +205,6 @@ def evaluate(
         by_process=by_process if world.size > 1 else (),
         step_seconds=tuple(ns / 1e9 for ns in by_step[:, :, 0].amax(dim=0).tolist()),
         step_tokens=tuple(n_counted or n_all for n_counted, n_all in counts),  # where nothing counts, it is a warm-up and no padding
+        segment_nll_nats=tuple(by_segment[:, 0].tolist()),
+        segment_tokens=tuple(int(count) for count in by_segment[:, 1].tolist()),
     )

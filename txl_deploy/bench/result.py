@@ -11,17 +11,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from txl_deploy.bench.stats import PERCENTILE_RULE, LatencySummary
 from txl_train.errors import ArtifactError
 from txl_train.files import whole_or_absent
 
 SCHEMA = "txl.benchmark"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 judged no row, and knew no proofs, boundaries but one, rooflines and processes: what it lacks is None in what is read."""
+
+ProofKind = Literal["reference", "receipt", "in run", "none"]
 
 _TEXTS = ("runtime", "provider", "device", "dtype", "memory", "boundary")
 _COUNTS = ("batch_size", "tgt_len", "mem_len", "n_tokens")
+_PARTS = ("proof", "stability", "energy", "roofline")
+_ROOFLINE_NUMBERS = ("flops_per_step", "bytes_per_step", "peak_flops", "peak_bytes_per_s", "share_of_peak")
 _MAYBE_NUMBERS = ("nll_nats_per_token", "perplexity", "perplexity_rel_diff", "tolerance")
 
 
@@ -31,6 +37,69 @@ class ArtifactName:
 
     name: str
     manifest_sha256: str
+    parent_manifest_sha256: str | None = None
+    """Of the graph that an engine was built from; None for what was exported from the checkpoint itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Why a row's model may be believed to be its checkpoint's."""
+
+    kind: ProofKind
+    """`reference`: it is the FP32 eager model itself. `receipt`: of the artifact, for the whole split. `in run`: what was timed was
+    compared with the reference of the same run. `none`: measured with `--unvalidated`."""
+    receipt_sha256: str | None = None
+    """Checksum of the receipt file."""
+    reason: str = ""
+    """Why there is no proof."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stability:
+    """How steady the timed steps were: what percentiles and intervals rest on."""
+
+    lag1_autocorrelation: float
+    """Of the samples in the order measured; 0 for independent ones."""
+    drift: float
+    """Median of the second half over that of the first, minus 1."""
+    drift_interval: tuple[float, float] | None
+    """95 % interval of `drift` by block bootstrap; None from too few samples."""
+    outliers: int
+    """Samples further above the median than 10 times the median absolute deviation (and above 1.5 times the median)."""
+    effective_n: float
+    """How many independent samples tell as much of the mean as these."""
+    warmup_steps: int
+    """Steps run before the clock counted."""
+    warmup_steady: bool
+    """Whether the last of them no longer became faster or slower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Energy:
+    """What the device says it used while the steps were timed."""
+
+    joules_per_token: float
+    mean_watts: float
+    source: str
+    """What told it: `nvml`, `rapl`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """How close a step comes to what the device can do (Williams, Waterman & Patterson 2009)."""
+
+    flops_per_step: float
+    """Multiplications and additions of matrix products, by formula."""
+    bytes_per_step: float
+    """Least traffic with the device's main memory: weights read once, states read and written once, by formula."""
+    peak_flops: float
+    """Measured on a large matrix product of the type computed in, per second."""
+    peak_bytes_per_s: float
+    """Measured on a large copy."""
+    share_of_peak: float
+    """Time the step needs at least by the roofline over its median latency, 0..1."""
+    bound: Literal["compute", "memory", "enqueue"]
+    """What limits it: the larger of the two times, or the host, where enqueueing alone takes nearly as long as the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +147,20 @@ class Row:
     memory_dtype: str = "fp32"
     """Type of the states; older results, which do not say it, were all of fp32."""
     notes: tuple[str, ...] = ()
+    processes: int = 1
+    """Processes that share the streams, each with a device of its own; a step then lasts until the last of them is done."""
+    block_sizes: tuple[int, ...] = ()
+    """Timed steps of each turn, in order: what was measured in the same turn of several runtimes is paired. Empty in older results."""
+    valid: bool | None = None
+    """Verdict on the figures of this row; None in an older result, where nobody judged."""
+    invalid_reasons: tuple[str, ...] = ()
+    """One clause each; empty for a valid row."""
+    proof: Proof | None = None
+    stability: Stability | None = None
+    enqueue_ms_p50: float | None = None
+    """Median time until the call returned, before waiting for the device; None where the two are the same (a CPU)."""
+    energy: Energy | None = None
+    roofline: Roofline | None = None
 
     @property
     def lengths(self) -> tuple[int, int, int | None, bool]:
@@ -85,10 +168,10 @@ class Row:
         return (self.tgt_len, self.mem_len, self.clamp_len, self.same_length)
 
     @property
-    def series(self) -> tuple[str, str, str, str, str]:
+    def series(self) -> tuple[str, ...]:
         """What rows of one table and one line of a plot have in common: all but the batch size."""
         artifact = f"{self.artifact.name} {self.artifact.manifest_sha256}" if self.artifact else ""
-        return (artifact, self.runtime, self.provider, self.dtype, f"{self.memory} {self.memory_dtype}")
+        return (artifact, self.runtime, self.provider, self.dtype, f"{self.memory} {self.memory_dtype}", f"{self.processes}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as flat plain values for JSON."""
@@ -97,6 +180,9 @@ class Row:
         row |= {name: getattr(self, name) for name in ("tokens_per_s", *_MAYBE_NUMBERS, "is_reference", "verified", "checkpoint_sha256")}
         row |= {"memory_dtype": self.memory_dtype, "compute": self.compute}
         row["artifact"] = None if self.artifact is None else vars(self.artifact)
+        row |= {"processes": self.processes, "valid": self.valid, "invalid_reasons": list(self.invalid_reasons)}
+        row |= {name: None if (part := getattr(self, name)) is None else dict(vars(part)) for name in _PARTS}
+        row |= {"enqueue_ms_p50": self.enqueue_ms_p50, "block_sizes": list(self.block_sizes)}
         row["notes"] = [*self.latency.notes, *self.notes]
         row["samples_ms"] = list(self.samples_ms)
         return row
@@ -125,9 +211,10 @@ class Row:
             tokens_per_s=_number(values["tokens_per_s"]),
             is_reference=_truth(values["is_reference"]),
             verified=None if values["verified"] is None else _truth(values["verified"]),
-            artifact=None if artifact is None else ArtifactName(_text(artifact["name"]), _text(artifact["manifest_sha256"])),
+            artifact=None if artifact is None else _artifact(artifact),
             checkpoint_sha256=None if values["checkpoint_sha256"] is None else _text(values["checkpoint_sha256"]),
             notes=own_notes,
+            **({} if "valid" not in values else _of_version_2(values, len(samples))),
         )
         seconds = math.fsum(samples) / 1e3
         if not math.isclose(row.tokens_per_s * seconds, row.n_tokens, rel_tol=1e-6):
@@ -151,6 +238,18 @@ class BenchResult:
     workload: Mapping[str, Any] = field(default_factory=dict)
     """What was read: data set, split, number of tokens, sha256."""
     environment: Mapping[str, Any] = field(default_factory=dict)
+    """The machine and its state when measuring began."""
+    environment_after: Mapping[str, Any] = field(default_factory=dict)
+    """What of it may have changed, when measuring ended; empty in older results."""
+    receipts: tuple[Mapping[str, Any], ...] = ()
+    """`Receipt.summary()` of each receipt that rows rest on."""
+    unvalidated: bool = False
+    """True if rows were measured without proof, by `--unvalidated`: to be stamped on whatever shows them."""
+
+    @property
+    def invalid(self) -> tuple[Row, ...]:
+        """The rows that were judged and whose figures are not to be believed."""
+        return tuple(row for row in self.rows if row.valid is False)
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -171,11 +270,14 @@ class BenchResult:
             "schema_version": SCHEMA_VERSION,
             "command": self.command,
             "verified": self.verified,
+            "unvalidated": self.unvalidated,
             "percentiles": list(self.percentiles),
             "percentile_rule": PERCENTILE_RULE,
             "settings": dict(self.settings),
             "workload": dict(self.workload),
             "environment": dict(self.environment),
+            "environment_after": dict(self.environment_after),
+            "receipts": [dict(receipt) for receipt in self.receipts],
             "rows": [row.to_dict() for row in self.rows],
         }
 
@@ -203,9 +305,9 @@ class BenchResult:
             raise ArtifactError(f"The result file {path} cannot be read: {error}.", remedy=remedy) from error
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
             raise ArtifactError(f"{path} is no result of `txl bench`.", remedy=remedy)
-        if document.get("schema_version") != SCHEMA_VERSION:
+        if document.get("schema_version") not in READABLE_VERSIONS:
             raise ArtifactError(
-                f"The result file {path} has schema version {document.get('schema_version')}, but this txl reads {SCHEMA_VERSION}.",
+                f"The result file {path} has schema version {document.get('schema_version')}, but this txl reads {READABLE_VERSIONS}.",
                 remedy="Read it with the txl that wrote it, or measure again with `txl bench --out FILE`.",
             )
         try:
@@ -215,10 +317,63 @@ class BenchResult:
                 command=_text(document["command"]),
                 percentiles=percentiles,
                 **{name: dict(document[name]) for name in ("settings", "workload", "environment")},
+                environment_after=dict(document.get("environment_after", {})),
+                receipts=tuple(dict(receipt) for receipt in document.get("receipts", ())),
+                unvalidated=_truth(document.get("unvalidated", False)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ArtifactError(f"The result file {path} is damaged: {reason}.", remedy=remedy) from error
+
+
+def _artifact(values: Mapping[str, Any]) -> ArtifactName:
+    parent = values.get("parent_manifest_sha256")
+    return ArtifactName(_text(values["name"]), _text(values["manifest_sha256"]), None if parent is None else _text(parent))
+
+
+def _of_version_2(values: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """Return the fields that rows have since version 2."""
+    blocks = tuple(_count(size) for size in values["block_sizes"])
+    if blocks and sum(blocks) != n:
+        raise ValueError(f"`block_sizes` add up to {sum(blocks)}, but there are {n} samples")
+    valid, reasons = values["valid"], tuple(_text(reason) for reason in values["invalid_reasons"])
+    if valid is not None and _truth(valid) == bool(reasons):
+        raise ValueError(f"`valid` is {valid}, but there are {len(reasons)} reasons against it")
+    fields: dict[str, Any] = {
+        "processes": _count(values["processes"]),
+        "block_sizes": blocks,
+        "valid": valid,
+        "invalid_reasons": reasons,
+        "enqueue_ms_p50": None if values["enqueue_ms_p50"] is None else _number(values["enqueue_ms_p50"]),
+    }
+    if (proof := values["proof"]) is not None:
+        if proof["kind"] not in get_args(ProofKind):
+            raise ValueError(f"`proof` is of the kind {proof['kind']!r}")
+        sha256 = proof["receipt_sha256"]
+        fields["proof"] = Proof(
+            kind=cast(ProofKind, proof["kind"]), receipt_sha256=None if sha256 is None else _text(sha256), reason=_text(proof["reason"])
+        )
+    if (stability := values["stability"]) is not None:
+        interval = stability["drift_interval"]
+        fields["stability"] = Stability(
+            lag1_autocorrelation=_number(stability["lag1_autocorrelation"]),
+            drift=_number(stability["drift"]),
+            drift_interval=None if interval is None else (_number(interval[0]), _number(interval[1])),
+            outliers=_count(stability["outliers"]),
+            effective_n=_number(stability["effective_n"]),
+            warmup_steps=_count(stability["warmup_steps"]),
+            warmup_steady=_truth(stability["warmup_steady"]),
+        )
+    if (energy := values["energy"]) is not None:
+        fields["energy"] = Energy(
+            joules_per_token=_number(energy["joules_per_token"]), mean_watts=_number(energy["mean_watts"]), source=_text(energy["source"])
+        )
+    if (roofline := values["roofline"]) is not None:
+        if roofline["bound"] not in ("compute", "memory", "enqueue"):
+            raise ValueError(f"`roofline` is bound by {roofline['bound']!r}")
+        numbers = {name: _number(roofline[name]) for name in _ROOFLINE_NUMBERS}
+        fields["roofline"] = Roofline(bound=roofline["bound"], **numbers)
+    return fields
 
 
 def _text(value: object) -> str:

@@ -34,11 +34,13 @@ from txl_train.data.datasets import SPLITS
 from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError
 
 if TYPE_CHECKING:
+    from txl_deploy.cli.eval_receipt import ReceiptJob
     from txl_deploy.manifest import Dtype
     from txl_deploy.opening import Lengths, Opened
     from txl_deploy.scoring import Plan, Request, Text
     from txl_train.config import MemoryKind
     from txl_train.distributed import World
+    from txl_train.evaluate import EvalResult
 
 ALL_SPLITS = ("valid", "test")
 """What `--split all` means: those that a model was not trained on."""
@@ -53,9 +55,22 @@ log = logging.getLogger(__name__)
     "--model",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A checkpoint that `txl train` wrote.  [default: checkpoint_best.pt in --work-dir, where that is given]",
+    help="A checkpoint that `txl train` wrote; with --artifact, the one it was made from, which its receipt compares it with.  "
+    "[default: checkpoint_best.pt in --work-dir, where that is given; of an artifact, the one beside its folder]",
 )
-@click.option("--artifact", type=click.Path(path_type=Path), metavar="DIR", help="A folder that `txl export` wrote.")
+@click.option(
+    "--artifact",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A folder that `txl export` wrote. A receipt is put into it, which `txl bench` asks for.",
+)
+@click.option(
+    "--receipt",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Where the receipt goes.  [default: receipt.json in the artifact's folder, receipt-valid.json for another split]",
+)
+@click.option("--no-receipt", is_flag=True, help="Write no receipt, which spares scoring the checkpoint too.")
 @click.option(
     "--runtime",
     "--type",
@@ -148,6 +163,8 @@ def command(
     context: click.Context,
     checkpoint: Path | None,
     artifact: Path | None,
+    receipt: Path | None,
+    no_receipt: bool,
     runtime: str | None,
     dtype: str | None,
     protocol: str,
@@ -216,8 +233,10 @@ def command(
             repeat=repeat,
             timed=save_data or target_throughput is not None,
         )
+        splits = ("manual",) if manual else ALL_SPLITS if split == "all" else (split,)
         job = _Job(
             source=source,
+            receipts=_receipts(source, request, splits, receipt, wanted=not (no_receipt or debug), threads=threads),
             lengths=lengths,
             memory=cast("MemoryKind | None", memory),
             dtype=cast("Dtype | None", "fp16" if fp16 else dtype),
@@ -227,7 +246,7 @@ def command(
             dataset=dataset,
             data=data,
             batch_is_free=context.get_parameter_source("batch_size") is not click.core.ParameterSource.COMMANDLINE,
-            splits=("manual",) if manual else ALL_SPLITS if split == "all" else (split,),
+            splits=splits,
             manual=manual,
             percentiles=parse_percentiles(" ".join(percentiles) or "90,95,99"),
             work_dir=None if debug else work_dir,
@@ -245,6 +264,7 @@ def command(
                 if as_json:
                     echo_json(document)
                 report.check_targets(document, perplexity=target_perplexity, throughput=target_throughput)
+                report.check_receipts(document)
 
 
 @dataclass(frozen=True)
@@ -280,6 +300,8 @@ class _Job:
     out: Path | None
     data_folder: Path | None
     shows_speed: bool
+    receipts: ReceiptJob | None
+    """None where there is to be no receipt."""
 
     def check_writable(self, opened: Opened) -> None:
         """Refuse now what could not be written in the end."""
@@ -288,6 +310,8 @@ class _Job:
         for path in (self.out, self.data_file(opened.runtime.info.dtype, opened.runtime.info.name)):
             if path is not None:
                 check_replaceable(path, b"{")
+        if self.receipts is not None:
+            self.receipts.check_writable(self.splits)
 
     def data_file(self, dtype: str, runtime: str) -> Path | None:
         """Where the samples go."""
@@ -335,7 +359,7 @@ def _source(
         return _Source(checkpoint, found, artifact=load_torchscript)
     if checkpoint is None and artifact is None and work_dir is not None:
         checkpoint = work_dir / BEST_NAME
-    if (checkpoint is None) == (artifact is None):
+    if checkpoint is None and artifact is None:
         raise UsageError(
             "Give either `--checkpoint FILE` or `--artifact DIR`.", remedy=f"`--work-dir DIR` alone stands for DIR/{BEST_NAME}."
         )
@@ -347,6 +371,23 @@ def _source(
             remedy="`txl export --format torchscript --out DIR` exports without evaluating.",
         )
     return _Source(checkpoint, runtime or "pytorch", artifact=artifact, keep=keep)
+
+
+def _receipts(
+    source: _Source, request: Request, splits: tuple[str, ...], file: Path | None, *, wanted: bool, threads: int | None
+) -> ReceiptJob | None:
+    """Return where receipts go, or None where there are none. Raises UsageError for a `--receipt` that cannot be."""
+    from txl_deploy.cli.eval_receipt import ReceiptJob, why_no_receipt
+
+    why = why_no_receipt(request, splits) if source.artifact is not None else "receipts are of exported models: give `--artifact DIR`"
+    if file is not None and (why is not None or not wanted):
+        raise UsageError(f"There is no receipt to be written to {file}: {why or 'another option says to write none'}.")
+    if source.artifact is None or not wanted:
+        return None
+    if why is not None:
+        log.info("No receipt is written: %s.", why)
+        return None
+    return ReceiptJob(artifact=source.artifact, checkpoint=source.checkpoint, file=file, threads=threads)
 
 
 def _device(device: str, source: _Source, world: World) -> str:
@@ -391,10 +432,29 @@ def _run(job: _Job, world: World, report: Report, stack: contextlib.ExitStack) -
             result = planned.score(advance)
         document = describe(planned, result, job.percentiles)
         report.finish(document, job.percentiles if job.shows_speed else None)
+        if job.receipts is not None:
+            document["receipt"] = _make_receipt(job.receipts, planned, result, split, world, report)
         if job.request.timed:
             document["samples"] = {"latency_s": list(result.step_seconds), "tokens": list(result.step_tokens)}
         documents[split] = document
     return documents[job.splits[0]] if len(documents) == 1 else {"split": "all", "splits": documents}
+
+
+def _make_receipt(job: ReceiptJob, plan: Plan, result: EvalResult, split: str, world: World, report: Report) -> dict[str, Any]:
+    """Score the checkpoint on the same segments, write the receipt, and return what it says."""
+    from txl_deploy.cli import eval_receipt
+
+    reference = eval_receipt.open_reference(job, plan, world)
+    expected = None if reference is None else eval_receipt.score_reference(reference, plan, world, _tell_nobody)
+    receipt = eval_receipt.make_receipt(plan, result, reference, expected, world)
+    path = job.path(split)
+    if not world.is_main:
+        return receipt.summary()
+    receipt.write(path)
+    summary = receipt.summary(path)
+    for line in eval_receipt.lines(summary, path):
+        report.say(line)
+    return summary
 
 
 def _tell_nobody(done: int) -> None:

@@ -155,3 +155,13 @@ class Report:
                     missed.append(f"The {name.lower()}{f' of {split}' if len(splits) > 1 else ''} {reason}.")
         if missed:
             raise ValidationError(" ".join(missed))
+
+    def check_receipts(self, document: dict[str, Any]) -> None:
+        """Raise ValidationError if a split's receipt says that the artifact is not equivalent to its checkpoint."""
+        for split, part in by_split(document).items():
+            receipt = part.get("receipt")
+            if receipt is not None and receipt["reference_perplexity"] is not None and not receipt["passed"]:
+                raise ValidationError(
+                    f"The artifact is not proved on the {split} split: {receipt['reason']}.",
+                    remedy="`txl parity` shows where it parts from its checkpoint; then export the checkpoint again.",
+                )

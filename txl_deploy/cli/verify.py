@@ -9,7 +9,8 @@ import click
 
 from txl_deploy.cli.options import echo_json, json_option, verbosity_options
 from txl_deploy.manifest import FILE_NAME, read_manifest, unlisted, verify
-from txl_train.errors import ArtifactError
+from txl_train.errors import ArtifactError, ValidationError
+from txl_train.files import file_sha256
 
 
 @click.command("verify")
@@ -32,19 +33,23 @@ from txl_train.errors import ArtifactError
 def command(context: click.Context, directory: Path, checkpoint: Path | None, parent: Path | None, as_json: bool) -> None:
     """Recompute the checksums of the exported model in DIR, and of the chain that leads to it.
 
-    An engine's chain is: checkpoint, graph, engine. Ends with 4 if a file is missing or was changed, or if the model comes from another
-    checkpoint or another graph.
+    An engine's chain is: checkpoint, graph, engine, receipt. Ends with 4 if a file is missing or was changed, or if the model comes from
+    another checkpoint or another graph; with 1 if a receipt in the folder is no proof of it.
     """
+    from txl_deploy.receipt import examine
+
     manifest = read_manifest(directory)
     findings = verify(directory, checkpoint=checkpoint, parent=parent)
     others = unlisted(directory, manifest)
+    receipts = examine(directory, file_sha256(directory / FILE_NAME))
     if as_json:
         document = {
             "directory": str(directory),
-            "passed": not findings,
+            "passed": not findings and all(proves is not False for _, proves, _ in receipts),
             "findings": [dataclasses.asdict(finding) for finding in findings],
             "files": sorted(manifest.files),
             "not_listed": others,
+            "receipts": [{"file": name, "passed": proves, "message": told} for name, proves, told in receipts],
             "checkpoint_sha256": manifest.source.checkpoint_sha256,
             "checkpoint_checked": checkpoint is not None,
             "parent_manifest_sha256": None if manifest.source.parent is None else manifest.source.parent.manifest_sha256,
@@ -67,6 +72,8 @@ def command(context: click.Context, directory: Path, checkpoint: Path | None, pa
         click.echo(
             f"{'ok       ' if checkpoint and not findings else '         '}made from {origin}{'' if checkpoint else ' (not looked at)'}"
         )
+        for name, proves, told in receipts:
+            click.echo(f"{'ok       ' if proves else 'FAILED   ' if proves is False else '         '}{name} {told}")
     if findings:
         if all(finding.problem == "other checkpoint" for finding in findings):
             told = f"{directory} is intact, but was not made from {checkpoint}.\nGive the checkpoint it was made from, or export this one."
@@ -76,3 +83,9 @@ def command(context: click.Context, directory: Path, checkpoint: Path | None, pa
             told = f"{directory} is not what its manifest says.\nExport the checkpoint again with `txl export`."
         click.echo(f"Error: {told}", err=True)
         context.exit(ArtifactError.exit_code)
+    doubtful = [name for name, proves, _ in receipts if proves is False]
+    if doubtful:
+        raise ValidationError(
+            f"{directory} is intact, but {', '.join(doubtful)} in it proves nothing of it.",
+            remedy="Make it again with `txl eval --artifact DIR --checkpoint FILE`, or remove it.",
+        )

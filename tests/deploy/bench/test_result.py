@@ -33,7 +33,7 @@ def test_a_row_has_the_fields_that_readers_rely_on(written):
     assert {"runtime", "provider", "dtype", "memory", "batch_size", "tgt_len", "mem_len", "boundary", "n", "tokens_per_s"} <= row.keys()
     assert {"latency_ms_p50", "latency_ms_p90", "latency_ms_p95", "latency_ms_p99", "latency_ms_mean", "latency_ms_min"} <= row.keys()
     assert {"perplexity", "nll_nats_per_token", "n_tokens", "perplexity_rel_diff", "verified"} <= row.keys()
-    assert row["artifact"] == {"name": "model-onnx", "manifest_sha256": SHA}
+    assert row["artifact"] == {"name": "model-onnx", "manifest_sha256": SHA, "parent_manifest_sha256": None}
     assert len(row["samples_ms"]) == row["n"] == 40
 
 

@@ -132,7 +132,6 @@ def test_a_missed_target_exits_with_1_after_the_result(exports: Exports, capsys:
 
 WRONG = {
     "neither checkpoint nor artifact": (["eval"], 2, "--checkpoint FILE"),
-    "both": (["eval", "--checkpoint", "{checkpoint}", "--artifact", "{onnx}"], 2, "either"),
     "a missing checkpoint": (["eval", "--checkpoint", "{tmp}/none.pt"], 2, "no checkpoint"),
     "a checkpoint that is a folder": (["eval", "--checkpoint", "{tmp}"], 2, "folder"),
     "a changed checkpoint": (["eval", "--checkpoint", "{tmp}/changed.pt"], 4, "was changed"),
