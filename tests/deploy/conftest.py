@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,20 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     for format_name in ("onnx", "torchscript"):
         export_artifact(ExportRequest(checkpoint=checkpoint, out=folder / format_name, format=format_name))
     return Exports(checkpoint, data, folder / "onnx", folder / "torchscript")
+
+
+@pytest.fixture(scope="session")
+def proved(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Return a copy of the same with a receipt for the test split in each export; the checkpoint lies beside them."""
+    from txl_deploy.cli.main import main
+
+    folder = tmp_path_factory.mktemp("proved")
+    checkpoint = Path(shutil.copy(exports.checkpoint, folder))
+    copies = [Path(shutil.copytree(source, folder / source.name)) for source in (exports.onnx, exports.torchscript)]
+    for copy in copies:
+        (copy / "receipt.json").unlink(missing_ok=True)
+        assert main(["eval", "--artifact", str(copy), "--batch-size", "2", "-qq"]) == 0
+    return Exports(checkpoint, exports.data, *copies)
 
 
 @pytest.fixture(scope="session")

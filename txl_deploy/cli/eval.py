@@ -29,9 +29,9 @@ from txl_deploy.cli.options import (
     verbosity_options,
 )
 from txl_deploy.cli.progress import progress
-from txl_deploy.cli.together import all_or_none, first_alone_reports
+from txl_deploy.cli.together import all_or_none, device_of, first_alone_reports
 from txl_train.data.datasets import SPLITS
-from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError
+from txl_train.errors import UsageError, ValidationError
 
 if TYPE_CHECKING:
     from txl_deploy.cli.eval_receipt import ReceiptJob
@@ -395,18 +395,7 @@ def _device(device: str, source: _Source, world: World) -> str:
     from txl_deploy.manifest import read_manifest
     from txl_deploy.runtimes.registry import resolve_device
 
-    resolved = resolve_device(device, [source.runtime if source.artifact is None else read_manifest(source.artifact).format])
-    if world.size == 1 or not resolved.startswith("cuda"):
-        return resolved
-    import torch
-
-    if world.local_rank >= torch.cuda.device_count():
-        raise EnvironmentUnfitError(
-            f"This is process {world.local_rank} of its machine (from 0), which has {torch.cuda.device_count()} GPUs.",
-            remedy="Start as many processes as there are GPUs with `torchrun --nproc-per-node N`, or use `--device cpu`.",
-        )
-    torch.cuda.set_device(world.local_rank)
-    return f"cuda:{world.local_rank}"
+    return device_of(world, resolve_device(device, [source.runtime if source.artifact is None else read_manifest(source.artifact).format]))
 
 
 def _run(job: _Job, world: World, report: Report, stack: contextlib.ExitStack) -> dict[str, Any]:

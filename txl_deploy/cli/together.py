@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import click
 
-from txl_train.errors import TxlError
+from txl_train.errors import EnvironmentUnfitError, TxlError
 
 if TYPE_CHECKING:
     from txl_train.distributed import World
@@ -59,3 +59,21 @@ class _OwnError(Exception):
     def __init__(self, error: TxlError) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+def device_of(world: World, resolved: str) -> str:
+    """Return the device of this process for `resolved`, cpu or cuda:0: of several processes on a machine with GPUs, each has its own.
+
+    Raises EnvironmentUnfitError if there are fewer GPUs than processes.
+    """
+    if world.size == 1 or not resolved.startswith("cuda"):
+        return resolved
+    import torch
+
+    if world.local_rank >= torch.cuda.device_count():
+        raise EnvironmentUnfitError(
+            f"This is process {world.local_rank} of its machine (from 0), which has {torch.cuda.device_count()} GPUs.",
+            remedy="Start as many processes as there are GPUs with `torchrun --nproc-per-node N`, or use `--device cpu`.",
+        )
+    torch.cuda.set_device(world.local_rank)
+    return f"cuda:{world.local_rank}"
