@@ -380,23 +380,33 @@ class Suite:
         artifacts: dict[str, list[str]] = {}
         for export in plan.exports:
             out = work / export.folder
-            names = f"export {export.name}", f"parity {export.name} on {plan.device}"
+            names = f"export {export.name}", f"parity {export.name} on {plan.device}", f"receipt {export.name} on {plan.device}"
             if export.of_onnx and plan.device == "cpu":
                 for name in names:
                     self._keep(Step(name, "skipped", "engines run on a GPU alone"))
                 continue
             self.run(names[0], self.export_command(export, source, out), requires=export.package, needs=checkpoint, may_be_unfit=True)
             compared = ["parity", *source, "--artifact", str(out), "--device", plan.device, "--json"]
-            if self.run(names[1], compared, requires=export.package, needs=out / "manifest.json").status == "done":
+            self.run(names[1], compared, requires=export.package, needs=out / "manifest.json")
+            scored = ["eval", *source, "--artifact", str(out), "--device", plan.device, "--json"]
+            if self.run(names[2], scored, requires=export.package, needs=out / "manifest.json").status == "done":
                 artifacts.setdefault(export.dtype, []).extend(["--artifact", str(out)])
         for dtype in ("fp32", "fp16"):
-            bench = ["bench", *source, "--dtype", dtype, *plan.lengths, "--device", plan.device, "--json"]
+            bench = ["bench", *source, "--dtype", dtype, *plan.lengths, "--device", plan.device, "--accept-invalid", "--json"]
             self.run(f"latency table, {dtype}", [*bench, *artifacts.get(dtype, []), *plan.bench], needs=checkpoint)
             name = f"latency table of the compiled step, {dtype}"
             if plan.compiled:
                 self.run(name, [*bench, "--runtimes", "compiled", *plan.compiled], needs=checkpoint, may_be_unfit=True)
             else:
                 self._keep(Step(name, "skipped", "compiling takes longer than --quick"))
+        name = f"latency on {self.n_devices} devices at once"
+        if self.n_devices > 1:
+            sizes = ["--batch-sizes", str(4 * self.n_devices), "--duration", "3"]
+            self.run(
+                name, ["bench", *source, *plan.lengths, "--accept-invalid", "--json", *sizes], processes=self.n_devices, needs=checkpoint
+            )
+        else:
+            self._keep(Step(name, "skipped", "this machine has one device"))
         self._keep(
             Step("engines of tensorrt", "skipped", "not on this machine's index: `txl export --format trt` builds them on their GPU")
         )
@@ -449,12 +459,15 @@ def summary_lines(steps: list[Step]) -> Iterator[str]:
     ]
     if rows:
         yield ""
-        yield "| runtime | dtype | memory | batch size | n | p50 ms | p99 ms | tokens/s | perplexity | verified |"
-        yield "|---|---|---|---:|---:|---:|---:|---:|---:|---|"
+        yield "| runtime | dtype | memory | batch size | n | p50 ms | p99 ms | tokens/s | of the roofline | perplexity | verified | valid |"
+        yield "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|---|"
         for row in rows:
             name = f"{row['runtime']} ({row['provider']}) | {row['dtype']} | {row['memory']}"
             latency = f"{row['n']} | {row['latency_ms_p50']:.3f} | {row['latency_ms_p99']:.3f}"
-            yield f"| {name} | {row['batch_size']} | {latency} | {row['tokens_per_s']:,.0f} | {row['perplexity']:.3f} | {row['verified']} |"
+            roofline = row["roofline"]
+            share = "–" if roofline is None else f"{roofline['share_of_peak']:.1%} ({roofline['bound']})"
+            proved = f"{row['perplexity']:.3f} | {row['verified']} | {row['valid']}"
+            yield f"| {name} | {row['batch_size']} | {latency} | {row['tokens_per_s']:,.0f} | {share} | {proved} |"
 
 
 def main() -> int:

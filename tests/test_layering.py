@@ -14,14 +14,14 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for package in ("txl_train", "t
 
 CORNERS = {
     "click": ("txl_deploy/cli/",),
-    "onnx": ("txl_deploy/export/", "txl_deploy/cli/inspect.py"),
+    "onnx": ("txl_deploy/export/", "txl_deploy/cli/inspect.py", "txl_deploy/parity/mutations.py", "txl_deploy/parity/mutants/"),
     "onnxscript": ("txl_deploy/export/",),
     "polygraphy": ("txl_deploy/parity/layers.py",),
     "onnxruntime": ("txl_deploy/runtimes/onnxrt.py",),
     "sacremoses": ("txl_train/data/tokenizers.py", "txl_train/protocols.py"),
     "tiktoken": ("txl_train/data/bpe.py",),
-    "matplotlib": ("txl_deploy/bench/plots.py",),
-    "jinja2": ("txl_deploy/bench/report.py",),
+    "matplotlib": tuple(f"txl_deploy/bench/{name}.py" for name in ("plots", "plots_bench", "plots_parity", "plots_training")),
+    "jinja2": ("txl_deploy/bench/report/page.py",),
     "yaml": ("txl_train/settings.py", "txl_deploy/compat.py"),
     "rich": ("txl_deploy/cli/", "txl_train/callbacks.py"),
     "tensorrt": (),
@@ -36,7 +36,11 @@ WITHOUT_TORCH = (
     "txl_train/metrics.py",
     "txl_train/files.py",
     "txl_train/data/",
+    "txl_deploy/documents.py",
+    "txl_deploy/bootstrap.py",
+    "txl_deploy/distributions.py",
     "txl_deploy/manifest.py",
+    "txl_deploy/receipt.py",
     "txl_deploy/claims.py",
     "txl_deploy/doctor.py",
     "txl_deploy/compat.py",
@@ -45,13 +49,30 @@ WITHOUT_TORCH = (
     "txl_deploy/bench/environment.py",
     "txl_deploy/bench/stats.py",
     "txl_deploy/bench/harness.py",
+    "txl_deploy/bench/energy.py",
+    "txl_deploy/bench/verdict.py",
 )
 """What works where PyTorch is missing, or must start at once."""
 
-CONTRACTS = ("txl_deploy.bench", "txl_deploy.runtimes.base", "txl_deploy.parity.tolerances", "txl_train.errors", "txl_train.metrics")
+CONTRACTS = (
+    "txl_deploy.bench",
+    "txl_deploy.bootstrap",
+    "txl_deploy.distributions",
+    "txl_deploy.runtimes.base",
+    "txl_deploy.parity.tolerances",
+    "txl_train.errors",
+    "txl_train.metrics",
+)
 """What the clock and the statistics may know of us."""
 
-STANDARD_LIBRARY_AND_NUMPY = ("txl_deploy/bench/stats.py", "txl_deploy/bench/harness.py", "txl_deploy/bench/environment.py")
+STANDARD_LIBRARY_AND_NUMPY = (
+    "txl_deploy/bootstrap.py",
+    "txl_deploy/distributions.py",
+    "txl_deploy/bench/stats.py",
+    "txl_deploy/bench/stability.py",
+    "txl_deploy/bench/harness.py",
+    "txl_deploy/bench/environment.py",
+)
 
 LOWER = {
     "txl_train/errors.py": (),
@@ -71,7 +92,20 @@ LOWER = {
         "txl_train.files",
         "txl_train.errors",
     ),
-    "txl_deploy/manifest.py": ("txl_train.errors", "txl_train.config", "txl_train.files"),
+    "txl_deploy/documents.py": ("txl_train.errors",),
+    "txl_deploy/bootstrap.py": ("txl_deploy.distributions",),
+    "txl_deploy/distributions.py": (),
+    "txl_deploy/manifest.py": ("txl_deploy.documents", "txl_train.errors", "txl_train.config", "txl_train.files"),
+    "txl_deploy/receipt.py": (
+        "txl_deploy.documents",
+        "txl_deploy.bootstrap",
+        "txl_deploy.manifest",
+        "txl_deploy.parity.tolerances",
+        "txl_deploy.runtimes.base",
+        "txl_train.metrics",
+        "txl_train.errors",
+        "txl_train.files",
+    ),
     "txl_deploy/compat.py": ("txl_train.errors", "txl_deploy.trt.cuda"),
     "txl_deploy/trt/cuda.py": (),
     "txl_deploy/trt/kit_build.py": (),

@@ -40,7 +40,7 @@ def test_the_quick_start_runs_as_it_stands(tmp_path: Path) -> None:
     listed = commands("sh")
     assert [command[1] for command in listed][:3] == ["train", "eval", "export"]
     for command in listed:
-        shorter = ["--max-duration", "1", "--min-samples", "5"] if command[1] == "bench" else []
+        shorter = ["--duration", "1", "--max-duration", "1", "--min-samples", "5", "--accept-invalid"] if command[1] == "bench" else []
         finished = run([*command, *shorter], tmp_path, TXL_MAX_STEP="6", TXL_EVAL_INTERVAL="3")
         assert finished.returncode == 0, f"{shlex.join(command)}\n{finished.stderr}"
         assert "Traceback" not in finished.stderr

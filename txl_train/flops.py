@@ -1,22 +1,60 @@
-"""How much arithmetic training takes, and how much of it a device can do: the two sides of model-FLOPs utilisation.
+"""How much arithmetic training and inference take, and how much of it a device can do.
 
 Counted are the multiplications and additions of matrix products (2 for each pair), as is usual (Chowdhery et al. 2022, appendix B),
-backward taken as twice forward. Keys and values of the memory are counted as projected once a segment, for in training the weights
-that project them have changed since. The peak is measured, not quoted: what this device reaches on a large matrix product.
+backward taken as twice forward. Keys that the mask hides are counted as computed, since they are. The peak is measured, not quoted: what
+this device reaches on a large matrix product.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from txl_train.config import ModelConfig
+from txl_train.config import MemoryKind, ModelConfig
+
+_REPEATS = 6
+
+
+def inference_flops(config: ModelConfig, tgt_len: int, batch_size: int, memory: MemoryKind, cluster_counts: Sequence[float]) -> float:
+    """Return the floating-point operations of one step as deployed (`model.inference.InferenceStep`).
+
+    The terms of the positions depend on weights and lengths alone and are not computed in a step. A memory of keys and values is used as
+    it is; one of hidden states is projected again. Where the head projects for both the shortlist and the clusters, once is counted.
+
+    Args:
+        config: with the vocabulary's size, the cutoffs and the lengths in force filled in.
+        tgt_len: targets per stream and step.
+        batch_size: streams.
+        memory: what the memory holds.
+        cluster_counts: for each tail cluster, the number of targets in it.
+    """
+    width, d = config.n_head * config.d_head, config.d_model
+    n_queries = tgt_len + config.ext_len  # context read again is computed again
+    n_keys = config.mem_len + n_queries
+    projections = n_queries * (3 * d * width + width * d)
+    if memory == "hidden":
+        projections += config.mem_len * 2 * d * width
+    scores = n_queries * n_keys * width
+    if config.attn_type in ("relative", "shaw"):
+        scores += n_queries * (n_keys + 1) * width  # one distance more, for the shift
+    layer = projections + scores + n_queries * n_keys * width + n_queries * 2 * d * config.d_inner
+    widths, ends = config.cluster_widths, config.cluster_ends
+    projected = config.div_val > 1 or config.embed_size != d
+    head: float = batch_size * tgt_len * ((ends[1] + config.n_cluster) * widths[0] + (d * widths[0] if projected else 0))
+    for count, w, low, high in zip(cluster_counts, widths[1:], ends[1:], ends[2:]):
+        head += count * ((high - low) * w + (d * w if projected else 0))
+    embedding = (d * sum(widths if config.div_val > 1 else widths[:1])) if projected else 0
+    return 2 * (batch_size * (config.n_layer * layer + n_queries * embedding) + head)
 
 
 def forward_flops_per_token(config: ModelConfig, tgt_len: int, batch_size: int, cluster_shares: Sequence[float]) -> float:
-    """Return the floating-point operations of the forward pass per target token, with the memory full.
+    """Return the floating-point operations of training's forward pass per target token, with the memory full.
+
+    In training the weights have changed since the last step: distances are projected anew, once for all streams, and so are the keys and
+    values of the memory.
 
     Args:
         config: with the vocabulary's size and the cutoffs filled in.
@@ -24,24 +62,12 @@ def forward_flops_per_token(config: ModelConfig, tgt_len: int, batch_size: int, 
         batch_size: streams that share the projection of the distances.
         cluster_shares: for each tail cluster, the share of the targets that lie in it.
     """
-    width, d = config.n_head * config.d_head, config.d_model
-    queries = (tgt_len + config.ext_len) / tgt_len  # per target; context read again is computed again
-    keys = config.mem_len + config.ext_len + tgt_len
-    projections = queries * (3 * d * width + width * d) + config.mem_len / tgt_len * 2 * d * width
-    position = 0.0
-    if config.attn_type in ("relative", "shaw"):
-        position = queries * keys * width
+    n_targets = batch_size * tgt_len
+    flops = inference_flops(config, tgt_len, batch_size, "hidden", [share * n_targets for share in cluster_shares])
     if config.attn_type == "relative":
-        position += keys * d * width / (tgt_len * batch_size)
-    attention = projections + 2 * queries * keys * width + position
-    layer = attention + queries * 2 * d * config.d_inner
-    widths, ends = config.cluster_widths, config.cluster_ends
-    projected = config.div_val > 1 or config.embed_size != d
-    head: float = (ends[1] + config.n_cluster) * widths[0] + (d * widths[0] if projected else 0)
-    for share, w, low, high in zip(cluster_shares, widths[1:], ends[1:], ends[2:]):
-        head += share * ((high - low) * w + (d * w if projected else 0))
-    embedding = (d * sum(widths if config.div_val > 1 else widths[:1])) if projected else 0
-    return 2 * (config.n_layer * layer + head + queries * embedding)
+        n_distances = config.mem_len + config.ext_len + tgt_len + 1
+        flops += 2 * config.n_layer * n_distances * config.d_model * config.n_head * config.d_head
+    return flops / n_targets
 
 
 def training_flops_per_token(forward: float) -> float:
@@ -50,21 +76,33 @@ def training_flops_per_token(forward: float) -> float:
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations per second that `device` reaches on a square matrix product of `dtype`: the best of a few, some 0.2 s."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        _wait(device)
-        start = time.perf_counter()
-        torch.mm(a, b)
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
-    if device.type == "cuda":  # what this took is no part of training
+    """Return the operations per second that `device` reaches on square matrix products of `dtype`, enlarged until they take long."""
+    n, largest, longest_s, best = (256, 8192, 0.5, 0.0) if device.type == "cuda" else (256, 2048, 0.05, 0.0)
+    while True:
+        a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+        seconds = fastest_s(device, lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
+        best = max(best, 2.0 * n**3 / seconds)
+        if n >= largest or 8 * seconds > longest_s:
+            break
+        n *= 2
+    if device.type == "cuda":  # what this took is no part of what is measured next
         del a, b
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    return 2.0 * n**3 / best
+    return best
+
+
+def fastest_s(device: torch.device, work: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of a few calls, the device's work included; the first is not timed."""
+    best = math.inf
+    for repeat in range(_REPEATS + 1):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        if repeat:
+            best = min(best, time.perf_counter() - start)
+    return best
 
 
 def _wait(device: torch.device) -> None:

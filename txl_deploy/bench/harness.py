@@ -3,9 +3,14 @@
 The runtimes take turns in blocks of steps, so that whatever drifts on the machine (heat, clock rates, other processes) hits all of them
 alike. The order rotates from block to block, and each block begins with a few steps that are not timed: they pay for the caches and
 thread pools that the runtime before left behind. From the same cold start all runtimes run the same number of steps over the same tokens,
-so the perplexities of their timed steps can be compared.
+so the perplexities of their timed steps can be compared. They warm up in turns too, until their memories are full and none becomes faster
+or slower any more.
 
-Knows runtimes by their protocol only and never asks which one it holds. Imports the standard library and numpy.
+Several processes, each with a device of its own, share the streams: they begin each step together, and it lasts until the last of them is
+done. They exchange what they measured between the steps, never while the clock runs.
+
+Knows runtimes by their protocol only and never asks which one it holds. What lies within the clock is up to the boundary. Imports the
+standard library and numpy.
 """
 
 from __future__ import annotations
@@ -14,22 +19,41 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from txl_deploy.bench.result import ArtifactName, Row
+from txl_deploy.bench.boundaries import BOUNDARIES, check_boundary, open_boundary
+from txl_deploy.bench.environment import disturbances
+from txl_deploy.bench.result import ArtifactName, Energy, Proof, Row
+from txl_deploy.bench.stability import is_steady, judge, stability
 from txl_deploy.bench.stats import STANDARD_PERCENTILES, LatencySummary
-from txl_deploy.parity.tolerances import tolerance_for
+from txl_deploy.bench.verdict import ExpectedNll, proof_of, verify, wrong_model
 from txl_train.errors import UsageError
 from txl_train.metrics import perplexity
 
 if TYPE_CHECKING:
+    from txl_deploy.bench.energy import EnergyMeter
     from txl_deploy.bench.workload import Workload
     from txl_deploy.runtimes.base import Runtime
+
+__all__ = [
+    "BOUNDARIES",
+    "BenchSettings",
+    "Clock",
+    "Contender",
+    "ExpectedNll",
+    "Processes",
+    "Progress",
+    "block_sizes",
+    "measure",
+    "samples_for",
+    "verify",
+]
 
 Clock = Callable[[], int]
 """Returns nanoseconds from some fixed point."""
@@ -37,8 +61,39 @@ Clock = Callable[[], int]
 Progress = Callable[[int, int], None]
 """Is told how many steps of how many are done."""
 
-BOUNDARIES = {"step_device_resident": "one step with tokens, targets and memory already on the device, until the device has finished"}
-"""Name of each timing boundary, and what lies between its two readings of the clock. Rows of different boundaries are not compared."""
+
+class Processes(Protocol):
+    """The processes that measure together, as this one sees them: `txl_train.distributed.World`."""
+
+    @property
+    def rank(self) -> int:
+        """This process, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        ...
+
+    def share(self, n: int) -> slice:
+        """Return the part of `n` streams that this process reads. Raises UsageError if they cannot be divided equally."""
+        ...
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over all processes of each value. All must call it with as many values; it returns when all have."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Alone:
+    rank: int = 0
+    size: int = 1
+
+    def share(self, n: int) -> slice:
+        return slice(0, n)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +103,8 @@ class BenchSettings:
     percentiles: tuple[float, ...] = STANDARD_PERCENTILES
     duration_s: float = 10.0
     """Timed seconds that the slowest runtime gets at each batch size, as estimated in its warm-up."""
+    min_duration_s: float = 3.0
+    """From a row's first timed step to its last, seconds, or `duration_s` where that is less: a shorter row is invalid."""
     min_samples: int = 662
     """Timed steps at least; 662 is what a p99 needs (`stats.minimum_samples`)."""
     max_samples: int = 20000
@@ -55,9 +112,15 @@ class BenchSettings:
     max_duration_s: float = 60.0
     """Timed seconds of the slowest runtime at most, where `min_samples` would take longer; `duration_s` where that is more."""
     warmup_steps: int = 10
-    """Steps before the clock counts, at least; more where the memory needs more to fill."""
+    """Steps before the clock counts, at least; more where the memory needs more to fill, and until the timing is steady."""
+    max_warmup_steps: int = 1000
+    """Steps of a warm-up that does not become steady, at most; more only where the memory needs more to fill, or `warmup_steps` is more."""
+    max_warmup_s: float = 20.0
+    """Seconds after which such a warm-up ends, of the slowest runtime."""
     settle_steps: int = 2
     """Untimed steps at the beginning of each block."""
+    energy_s: float = 2.0
+    """Seconds of each runtime's steps after the timed ones over which its energy is counted, where there is a meter; 0 leaves it out."""
     boundary: str = "step_device_resident"
 
     def __post_init__(self) -> None:
@@ -65,9 +128,13 @@ class BenchSettings:
             ("min_samples", 1),
             ("max_samples", 1),
             ("warmup_steps", 1),
+            ("max_warmup_steps", 1),
             ("settle_steps", 0),
             ("duration_s", 0),
+            ("min_duration_s", 0),
             ("max_duration_s", 0),
+            ("max_warmup_s", 0),
+            ("energy_s", 0),
         ):
             value = getattr(self, name)
             if not least <= value < math.inf:
@@ -77,8 +144,7 @@ class BenchSettings:
                 f"`max_samples` {self.max_samples} is below `min_samples` {self.min_samples}.",
                 remedy="Lower `--min-samples` or raise `--max-samples`.",
             )
-        if self.boundary not in BOUNDARIES:
-            raise UsageError(f"`{self.boundary}` is no timing boundary; there is {', '.join(BOUNDARIES)}.")
+        check_boundary(self.boundary)
 
 
 @dataclass(frozen=True)
@@ -88,6 +154,10 @@ class Contender:
     runtime: Runtime
     is_reference: bool = False
     """True for the FP32 eager model from the checkpoint, against which the others' perplexities are checked."""
+    proof: Proof | None = None
+    """Why it may be believed to be its checkpoint's model, as far as it is known before measuring."""
+    expected: ExpectedNll | None = None
+    """What its receipt says of each segment; None where there is none for this text and these lengths."""
 
 
 def measure(
@@ -97,46 +167,83 @@ def measure(
     *,
     clock: Clock = time.perf_counter_ns,
     progress: Progress | None = None,
+    world: Processes | None = None,
+    environment: Callable[[], Mapping[str, Any]] | None = None,
+    meter_for: Callable[[str], EnergyMeter | None] | None = None,
 ) -> list[Row]:
-    """Measure all contenders at the workload's batch size and return their rows, in the order given.
+    """Measure all contenders at the workload's batch size and return their rows, judged, in the order given.
 
-    Raises UsageError if a runtime is built for another segment length than the workload's, or there is more than one reference.
+    Args:
+        world: processes that each call this, with the same arguments but runtimes on devices of their own; the workload's batch size is
+            that of all of them. Each gets the rows of all; those of rank 0 also know what was wrong with the machine.
+        environment: tells the state of the machine (`environment.describe_state`), before and after; None leaves it out of the verdict.
+        meter_for: finds the energy meter of a device (`energy.meter_for`); None means that energy is not measured.
+
+    Raises:
+        UsageError: a runtime is built for another segment length than the workload's, there is more than one reference, or the streams
+            cannot be divided among the processes.
     """
     for contender in contenders:
         if contender.runtime.info.tgt_len != workload.tgt_len:
             raise UsageError(f"A runtime of `tgt_len` {contender.runtime.info.tgt_len} cannot read segments of {workload.tgt_len} tokens.")
     if sum(contender.is_reference for contender in contenders) > 1:
         raise UsageError("A benchmark has one reference at most.")
-    lanes = [_Lane(contender, workload, clock) for contender in contenders]
+    world = world or _Alone()
+    own = workload if world.size == 1 else dataclasses.replace(workload, streams=world.share(workload.batch_size))
+    lanes = [_Lane(contender, own, settings, clock, world) for contender in contenders]
 
+    before = None if environment is None else environment()
     fill_steps = max(math.ceil(lane.runtime.info.mem_len / workload.tgt_len) for lane in lanes)
-    warmup_steps = max(settings.warmup_steps, fill_steps)
-    slowest_ms = 0.0
-    for lane in lanes:
-        warmup_ms = [lane.step() for _ in range(warmup_steps)]
-        slowest_ms = max(slowest_ms, statistics.median(warmup_ms[len(warmup_ms) // 2 :]))
-    n = samples_for(slowest_ms, settings)
+    slowest_ms = _warm_up(lanes, settings, fill_steps)
+    blocks = block_sizes(samples_for(slowest_ms, settings))
+    _take_turns(lanes, blocks, settings.settle_steps, progress)
+    after = None if environment is None else environment()
 
-    blocks = block_sizes(n)
-    steps_done, steps_in_all = 0, len(lanes) * (n + settings.settle_steps * len(blocks))
+    reasons: list[str] = []
+    if before is not None and after is not None:
+        own_cpu_s = sum(_of_all([after["process_cpu_s"] - before["process_cpu_s"]], world)[:, 0])
+        devices = {lane.runtime.info.device for lane in lanes}
+        beside = _of_all([float(lanes[0].runtime.info.device.partition(":")[2] or 0)], world)[:, 0]
+        sharing = int((beside == beside[world.rank]).sum())
+        reasons += disturbances(before, after, own_cpu_s=own_cpu_s, devices=devices, processes_per_gpu=sharing)
+    if fill_steps > workload.steps_per_pass:
+        period = f"{workload.steps_per_pass} steps" if workload.steps_per_pass > 1 else "step"
+        reasons.append(f"the text starts anew every {period}, before a memory of {fill_steps} segments is full")
+    if workload.is_padded:
+        reasons.append("the text does not fill one segment of all streams: part of each step is padding, which tokens_per_s leaves out")
+    rows = verify([lane.row(blocks) for lane in lanes])
+    energies = [None if meter_for is None else lane.energy(meter_for(lane.runtime.info.device)) for lane in lanes]
+    return [lane.judged(dataclasses.replace(row, energy=energy), settings, reasons) for lane, row, energy in zip(lanes, rows, energies)]
+
+
+def _warm_up(lanes: Sequence[_Lane], settings: BenchSettings, fill_steps: int) -> float:
+    """Run steps until all memories are full and all timings steady, as many of each runtime; return the slowest's median, ms."""
+    count = max(settings.warmup_steps, fill_steps)
+    most = max(count, settings.max_warmup_steps)
+    while True:
+        for lane in lanes:
+            lane.warm_up(count)
+        done = len(lanes[0].warmup_ms)
+        seconds = max(math.fsum(lane.warmup_ms) for lane in lanes) / 1e3
+        if done >= most or seconds >= settings.max_warmup_s or all(is_steady(lane.warmup_ms) for lane in lanes):
+            break
+        count = min(settings.warmup_steps, most - done)
+    return max(statistics.median(lane.warmup_ms[done // 2 :]) for lane in lanes)
+
+
+def _take_turns(lanes: Sequence[_Lane], blocks: Sequence[int], settle_steps: int, progress: Progress | None) -> None:
+    """Time blocks of steps of each runtime in turn, the first of a turn being another one each time."""
+    steps_done, steps_in_all = 0, len(lanes) * (sum(blocks) + settle_steps * len(blocks))
     for turn, block in enumerate(blocks):
         first = turn % len(lanes)
-        for lane in lanes[first:] + lanes[:first]:
-            for _ in range(settings.settle_steps):
+        for lane in [*lanes[first:], *lanes[:first]]:
+            for _ in range(settle_steps):
                 lane.step()
             for _ in range(block):
                 lane.timed_step()
-            steps_done += settings.settle_steps + block
+            steps_done += settle_steps + block
             if progress is not None:
                 progress(steps_done, steps_in_all)
-
-    notes = []
-    if fill_steps > workload.steps_per_pass:
-        period = f"{workload.steps_per_pass} steps" if workload.steps_per_pass > 1 else "step"
-        notes.append(f"the text starts anew every {period}, before a memory of {fill_steps} segments is full")
-    if workload.is_padded:
-        notes.append("the text does not fill one segment of all streams: part of each step is padding, which tokens_per_s leaves out")
-    return verify([lane.row(settings, notes) for lane in lanes])
 
 
 def samples_for(slowest_ms: float, settings: BenchSettings) -> int:
@@ -157,79 +264,102 @@ def block_sizes(n: int) -> list[int]:
     return [n // count + (i < n % count) for i in range(count)]
 
 
-def verify(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with their perplexity compared to the reference's; without a reference they stay unverified (None).
-
-    The relative difference of the perplexities may be as large as parity's bound on the mean nll. A row of other lengths than the
-    reference computes something else, and one of a precision without a bound cannot be judged: they stay unverified too. A row whose
-    nll is not a finite number has failed, reference or not.
-    """
-    reference = next((row for row in rows if row.is_reference), None)
-    return [_verified(row, reference) for row in rows]
+def _of_all(values: Sequence[float], world: Processes) -> NDArray[np.float64]:
+    """Return the values of every process, [processes, values]. All must call it with as many."""
+    slots = np.zeros((world.size, len(values)))
+    slots[world.rank] = values
+    return np.asarray(world.sum(slots.reshape(-1).tolist()), dtype=np.float64).reshape(slots.shape)
 
 
-def _verified(row: Row, reference: Row | None) -> Row:
-    nll = (reference or row).nll_nats_per_token
-    measured = tolerance_for(row.dtype, memory_dtype=row.memory_dtype)
-    tolerance = None if measured is None else measured.mean_bound(nll or 0.0)
-    if row.nll_nats_per_token is None or row.perplexity is None:
-        return dataclasses.replace(row, verified=False, tolerance=tolerance)
-    if reference is None or tolerance is None or row.lengths != reference.lengths:
-        return row
-    if reference.nll_nats_per_token is None:
-        return dataclasses.replace(row, verified=False, tolerance=tolerance)
-    difference = math.expm1(min(row.nll_nats_per_token - reference.nll_nats_per_token, 700.0))
-    return dataclasses.replace(row, perplexity_rel_diff=difference, verified=abs(difference) <= tolerance, tolerance=tolerance)
+@dataclass(frozen=True)
+class _Step:
+    """What one step took and computed, in this process."""
+
+    ms: float
+    enqueue_ms: float
+    """Until the call returned."""
+    nll_BT: Any
+    counted_BT: NDArray[np.bool_]
 
 
 class _Lane:
-    """One contender on its way through the text: its own memory, its own place, its samples and its sum of nll."""
+    """One contender on its way through the text: its own memory, its own place, its times and its sums of nll."""
 
-    def __init__(self, contender: Contender, workload: Workload, clock: Clock) -> None:
+    def __init__(self, contender: Contender, workload: Workload, settings: BenchSettings, clock: Clock, world: Processes) -> None:
         self.contender = contender
         self.runtime = contender.runtime
         self.workload = workload
+        self.settings = settings
         self.clock = clock
+        self.world = world
+        self.boundary = open_boundary(settings.boundary, contender.runtime)
         self.memory: Any = None
         self.steps = 0
-        self.samples_ms: list[float] = []
-        self.nll_nats_sum = 0.0
-        self.n_tokens = 0
+        self.warmup_ms: list[float] = []
+        """Of the slowest process."""
+        self._timed: list[tuple[float, float, int, float]] = []
+        """Milliseconds, those until the call returned, counted tokens and sum of their nll, of each timed step in this process."""
+        self._numbers: list[int] = []
+        """Of the timed steps, from the cold start on."""
+        self._first_ns = self._last_ns = 0
+        self._reasons: list[str] = []
 
-    def step(self) -> float:
-        """Run one step, forget what it computed, and return its milliseconds."""
-        return self._step()[0]
+    def warm_up(self, count: int) -> None:
+        """Run steps whose times only tell when to begin."""
+        times = [self._step().ms for _ in range(count)]
+        self.warmup_ms += _of_all(times, self.world).max(axis=0).tolist()
+
+    def step(self) -> None:
+        """Run one step and forget it."""
+        self._step()
 
     def timed_step(self) -> None:
         """Run one step and keep its time and the nll of its counted tokens."""
-        elapsed_ms, nll_BT, counted_BT = self._step()
+        number = self.steps
+        before_ns = self.clock()
+        done = self._step()
         # Taken before the next step, which may overwrite it; and after the clock was read.
-        nll = np.asarray(nll_BT.detach().cpu(), dtype=np.float64)
-        self.nll_nats_sum += float(nll[counted_BT].sum())
-        self.n_tokens += int(counted_BT.sum())
-        self.samples_ms.append(elapsed_ms)
+        nll = np.asarray(done.nll_BT.detach().cpu(), dtype=np.float64)
+        if not self._timed:
+            self._first_ns = before_ns
+        self._last_ns = self.clock()
+        self._numbers.append(number)
+        self._timed.append((done.ms, done.enqueue_ms, int(done.counted_BT.sum()), float(nll[done.counted_BT].sum())))
 
-    def _step(self) -> tuple[float, Any, Any]:
+    def _step(self) -> _Step:
         if self.workload.starts_cold(self.steps):
-            self.memory = self.runtime.initial_memory(self.workload.batch_size)
+            self.memory = self.boundary.cold(self.workload.n_streams)
         segment = self.workload.segment(self.steps)
-        input_ids_BT, target_ids_BT = self.workload.tensors(segment, self.runtime.info.device)
+        input_ids_BQ, target_ids_BT = self.boundary.tokens(self.workload, segment)
         self.steps += 1
 
         self.runtime.synchronize()
+        if self.world.size > 1:
+            self.world.sum([0.0])  # meet the others
         began = self.clock()
-        output = self.runtime.step(input_ids_BT, target_ids_BT, self.memory)
+        output = self.boundary.step(input_ids_BQ, target_ids_BT, self.memory)
+        returned = self.clock()
         self.runtime.synchronize()
-        elapsed_ms = (self.clock() - began) / 1e6
+        ended = self.clock()
 
         self.memory = output.memory
-        return elapsed_ms, output.nll_BT, segment.counted_BT
+        return _Step((ended - began) / 1e6, (returned - began) / 1e6, output.nll_BT, segment.counted_BT)
 
-    def row(self, settings: BenchSettings, notes: Sequence[str]) -> Row:
+    def row(self, blocks: Sequence[int]) -> Row:
+        """Return what was measured by all processes together, compared with the receipt but not judged."""
         info = self.runtime.info
-        seconds = math.fsum(self.samples_ms) / 1e3
-        mean_nll = self.nll_nats_sum / self.n_tokens if self.n_tokens else math.nan
+        columns = _of_all([value for step in self._timed for value in step], self.world).reshape(self.world.size, -1, 4)
+        ms, enqueue_ms = columns[:, :, 0].max(axis=0), columns[:, :, 1].max(axis=0)
+        counts, sums = columns[:, :, 2].sum(axis=0), columns[:, :, 3].sum(axis=0)
+        samples = tuple(ms.tolist())
+        seconds, n_tokens = math.fsum(samples) / 1e3, int(counts.sum())
+        mean_nll = math.fsum(sums) / n_tokens if n_tokens and np.isfinite(sums).all() else math.nan
         ppl = perplexity(mean_nll)
+        wrong, note = None, None
+        if self.contender.expected is not None:
+            wrong, note = self.contender.expected.compare(self.workload, self._numbers, counts, sums)
+        self._reasons = [wrong] if wrong else []
+        latency = LatencySummary.of(samples, (*STANDARD_PERCENTILES, *self.settings.percentiles))
         return Row(
             runtime=info.name,
             provider=info.provider,
@@ -243,15 +373,70 @@ class _Lane:
             mem_len=info.mem_len,
             clamp_len=info.config.clamp_len,
             same_length=info.config.same_length,
-            boundary=settings.boundary,
-            latency=LatencySummary.of(self.samples_ms, (*STANDARD_PERCENTILES, *settings.percentiles)),
-            samples_ms=tuple(self.samples_ms),
-            tokens_per_s=self.n_tokens / seconds if seconds else 0.0,
-            n_tokens=self.n_tokens,
+            boundary=self.settings.boundary,
+            latency=latency,
+            samples_ms=samples,
+            tokens_per_s=n_tokens / seconds if seconds else 0.0,
+            n_tokens=n_tokens,
             nll_nats_per_token=mean_nll if math.isfinite(mean_nll) else None,
             perplexity=ppl if math.isfinite(ppl) else None,
             is_reference=self.contender.is_reference,
+            verified=False if wrong else None,
             artifact=ArtifactName(Path(info.origin).name, info.manifest_sha256) if info.manifest_sha256 else None,
             checkpoint_sha256=info.checkpoint_sha256,
-            notes=tuple(notes),
+            notes=(note,) if note else (),
+            processes=self.world.size,
+            block_sizes=tuple(blocks),
+            stability=stability(samples, self.warmup_ms),
+            enqueue_ms_p50=statistics.median(enqueue_ms.tolist()) if _returns_early(info.device) else None,
         )
+
+    def energy(self, meter: EnergyMeter | None) -> Energy | None:
+        """Run steps for `energy_s` more seconds and return what they used, of all processes; None where one of them has no meter.
+
+        Steps of their own, since counters are updated too seldom for blocks of other runtimes' steps in between.
+        """
+        if self.settings.energy_s <= 0 or not _of_all([meter is not None], self.world).all():
+            return None
+        assert meter is not None
+        median_ms = _of_all([statistics.median(step[0] for step in self._timed)], self.world).max()
+        count = min(max(1, math.ceil(self.settings.energy_s * 1e3 / median_ms)) if median_ms else 1, self.settings.max_samples)
+        for _ in range(max(self.settings.settle_steps, count // 10)):  # the counter is behind by a tenth of a second
+            self._step()
+        n_tokens, began, first = 0, self.clock(), _joules(meter)
+        for _ in range(count):
+            n_tokens += int(self._step().counted_BT.sum())
+        used = _of_all([_joules(meter) - first, n_tokens, (self.clock() - began) / 1e9], self.world)
+        joules = float(used[:, 0].max() if meter.is_shared else used[:, 0].sum())
+        tokens, seconds = used[:, 1].sum(), used[:, 2].max()
+        if not (joules > 0 and tokens and seconds > 0):
+            return None
+        return Energy(joules_per_token=float(joules / tokens), mean_watts=float(joules / seconds), source=meter.source)
+
+    def judged(self, row: Row, settings: BenchSettings, reasons: Sequence[str]) -> Row:
+        """Return the row with its proof and the verdict on its figures; `reasons` concern all rows of the run."""
+        assert row.stability is not None
+        span_s = _of_all([(self._last_ns - self._first_ns) / 1e9], self.world).max()
+        found = judge(
+            row.latency,
+            row.stability,
+            percentiles=settings.percentiles,
+            duration_s=float(span_s),
+            min_duration_s=min(settings.min_duration_s, settings.duration_s),
+        )
+        wrong = wrong_model(row)
+        every = (*self._reasons, *([wrong] if wrong else ()), *found, *reasons)
+        return dataclasses.replace(row, valid=not every, invalid_reasons=every, proof=proof_of(row, self.contender.proof))
+
+
+def _joules(meter: EnergyMeter) -> float:
+    """Return what the meter reads, nan where it no longer can be read: all processes go on together all the same."""
+    try:
+        return meter.read_joules()
+    except OSError:
+        return math.nan
+
+
+def _returns_early(device: str) -> bool:
+    """Return whether a step's call may return before the device has done it."""
+    return device.startswith("cuda")

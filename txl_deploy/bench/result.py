@@ -97,7 +97,8 @@ class Roofline:
     peak_bytes_per_s: float
     """Measured on a large copy."""
     share_of_peak: float
-    """Time the step needs at least by the roofline over its median latency, 0..1."""
+    """Time the step needs at least by the roofline, over its median latency; of one device, where several processes share the streams.
+    Above 1 where the peak is not one: a small model's weights stay in a CPU's caches."""
     bound: Literal["compute", "memory", "enqueue"]
     """What limits it: the larger of the two times, or the host, where enqueueing alone takes nearly as long as the step."""
 
@@ -243,6 +244,8 @@ class BenchResult:
     """What of it may have changed, when measuring ended; empty in older results."""
     receipts: tuple[Mapping[str, Any], ...] = ()
     """`Receipt.summary()` of each receipt that rows rest on."""
+    comparisons: tuple[Mapping[str, Any], ...] = ()
+    """The second of two runtimes over the first, by pairs of their turns (`--ab`): `batch_size` and `compare.Ratio.to_dict()` of each size."""
     unvalidated: bool = False
     """True if rows were measured without proof, by `--unvalidated`: to be stamped on whatever shows them."""
 
@@ -278,6 +281,7 @@ class BenchResult:
             "environment": dict(self.environment),
             "environment_after": dict(self.environment_after),
             "receipts": [dict(receipt) for receipt in self.receipts],
+            "comparisons": [dict(comparison) for comparison in self.comparisons],
             "rows": [row.to_dict() for row in self.rows],
         }
 
@@ -319,6 +323,7 @@ class BenchResult:
                 **{name: dict(document[name]) for name in ("settings", "workload", "environment")},
                 environment_after=dict(document.get("environment_after", {})),
                 receipts=tuple(dict(receipt) for receipt in document.get("receipts", ())),
+                comparisons=tuple(dict(comparison) for comparison in document.get("comparisons", ())),
                 unvalidated=_truth(document.get("unvalidated", False)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

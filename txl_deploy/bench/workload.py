@@ -40,13 +40,20 @@ class Workload:
     dataset: str = ""
     """Name of the data set, for the record."""
     split: str = ""
+    streams: slice | None = None
+    """The part of the `batch_size` streams that is read here, where several processes share them; None means all."""
 
     def __post_init__(self) -> None:
         _ = self._segments  # refuses now what cannot be cut, not after minutes of measuring
 
     @cached_property
     def _segments(self) -> SegmentIterator:
-        return SegmentIterator(self.ids_N, batch_size=self.batch_size, tgt_len=self.tgt_len, ext_len=self.ext_len)
+        return SegmentIterator(self.ids_N, batch_size=self.batch_size, tgt_len=self.tgt_len, ext_len=self.ext_len, streams=self.streams)
+
+    @property
+    def n_streams(self) -> int:
+        """Number of streams that are read here."""
+        return self._segments.batch_size
 
     @cached_property
     def steps_per_pass(self) -> int:
@@ -64,7 +71,7 @@ class Workload:
         return step % self.steps_per_pass == 0
 
     def segment(self, step: int) -> Segment:
-        """Return what is read at this step; the same step gives the same tokens to every runtime."""
+        """Return what is read here at this step; the same step gives the same tokens to every runtime."""
         return self._segments.segment(step % self.steps_per_pass)
 
     def tensors(self, segment: Segment, device: str) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,23 @@
-"""`txl bench`: latency, throughput and perplexity of exported models side by side; exit 1 if one is not its checkpoint."""
+"""`txl bench`: latency, throughput and perplexity of exported models side by side; exit 1 where a number has no proof.
+
+Its subcommands compare results and measure training. Started by torchrun, several processes share the streams, each on a device of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import click
 
+from txl_deploy.cli.bench_verdicts import Verdicts, proof_lines
+from txl_deploy.cli.lazy import LazyGroup
 from txl_deploy.cli.lengths import length_options, memory_option
 from txl_deploy.cli.options import (
     command_line,
@@ -22,33 +29,48 @@ from txl_deploy.cli.options import (
     verbosity_options,
 )
 from txl_deploy.cli.progress import progress
-from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError, nearest
+from txl_deploy.cli.together import all_or_none, device_of, first_alone_reports
+from txl_train.errors import EnvironmentUnfitError, UsageError
 
 if TYPE_CHECKING:
     from txl_deploy.bench.harness import BenchSettings, Contender
     from txl_deploy.bench.result import BenchResult, Row
     from txl_deploy.bench.workload import Workload
-    from txl_deploy.corpora import ModelData
     from txl_deploy.manifest import Dtype
     from txl_deploy.opening import Lengths
-    from txl_deploy.runtimes.base import RuntimeInfo
     from txl_train.config import MemoryKind
+    from txl_train.distributed import World
 
 PERCENT = 100
 RUNTIMES = ("pytorch", "compiled", "torchscript", "onnx")
+BOUNDARY_NAMES = ("step_device_resident", "step_with_token_h2d", "step_with_state_roundtrip")
+SAVE_DATA_NAME = "benchmark.json"
+COMMANDS = {
+    "compare": ("txl_deploy.cli.bench_compare:command", "Compare two results: ratios with intervals, and exit 1 on a regression."),
+    "train": ("txl_deploy.cli.bench_train:command", "Throughput of training by batch size, precision and number of processes."),
+}
 
 log = logging.getLogger(__name__)
 
 
-@click.command("bench")
+@click.group("bench", cls=LazyGroup, table=COMMANDS, invoke_without_command=True, subcommand_metavar="[compare|train ...]")
 @click.option(
     "--artifact",
     "artifacts",
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="DIR",
-    help="A folder that `txl export` wrote; may be given several times.",
+    help="A folder that `txl export` wrote, with a receipt of `txl eval` in it; may be given several times.",
 )
+@click.option(
+    "--receipt",
+    "receipts",
+    type=click.Path(path_type=Path, dir_okay=False),
+    multiple=True,
+    metavar="FILE",
+    help="A receipt that does not lie in its artifact's folder; may be given several times.",
+)
+@click.option("--unvalidated", is_flag=True, help="Measure an artifact without a receipt too: every row, file and chart is marked.")
 @click.option(
     "--checkpoint",
     "--model",
@@ -84,7 +106,12 @@ log = logging.getLogger(__name__)
     metavar="S",
     help="Seconds that the slowest runtime is timed at each batch size.",
 )
-@click.option("--min-samples", type=int, default=662, show_default=True, metavar="N", help="Timed steps at least; a sound p99 needs 662.")
+@click.option(
+    "--min-samples",
+    type=int,
+    metavar="N",
+    help="Timed steps at least.  [default: what the largest percentile needs to be sound, 662 for p99, 130 for p95]",
+)
 @click.option("--max-samples", type=int, default=20000, show_default=True, metavar="N", help="Timed steps at most.")
 @click.option(
     "--max-duration",
@@ -100,8 +127,28 @@ log = logging.getLogger(__name__)
     default=10,
     show_default=True,
     metavar="N",
-    help="Steps before the clock counts, at least; more where the memory is longer.",
+    help="Steps before the clock counts, at least; more until the memory is full and the timing steady.",
 )
+@click.option(
+    "--boundary",
+    type=click.Choice(list(BOUNDARY_NAMES)),
+    default=BOUNDARY_NAMES[0],
+    show_default=True,
+    help="What lies between the two readings of the clock: a step on data that is on the device, with tokens copied to it, or with tokens "
+    "and memory copied to it and memory and nll back.",
+)
+@click.option("--accept-invalid", is_flag=True, help="End with 0 although rows are INVALID (noise, too few samples); they stay marked.")
+@click.option("--target-perplexity", type=float, metavar="X", help="Exit 1 if the perplexity of any row's timed steps is above X.")
+@click.option("--target-throughput", type=float, metavar="X", help="Exit 1 if any row scores fewer than X tokens per second.")
+@click.option("--ab", is_flag=True, help="Compare the two that are measured, pair by pair of their turns; exit 1 if the second is slower.")
+@click.option(
+    "--max-regression",
+    default="2%",
+    show_default=True,
+    metavar="SHARE",
+    help="With --ab: how much slower the second may be, by its interval's lower end.",
+)
+@click.option("--save-data", is_flag=True, help=f"The same as --out {SAVE_DATA_NAME}.")
 @length_options
 @click.option(
     "--out",
@@ -114,8 +161,12 @@ log = logging.getLogger(__name__)
 @threads_option
 @json_option
 @verbosity_options
+@click.pass_context
 def command(
+    context: click.Context,
     artifacts: tuple[Path, ...],
+    receipts: tuple[Path, ...],
+    unvalidated: bool,
     checkpoint: Path | None,
     runtimes: str | None,
     fp16: bool,
@@ -127,10 +178,17 @@ def command(
     batch_sizes: str,
     percentiles: str,
     duration: float,
-    min_samples: int,
+    min_samples: int | None,
     max_samples: int,
     max_duration: float,
     warmup: int,
+    boundary: str,
+    accept_invalid: bool,
+    target_perplexity: float | None,
+    target_throughput: float | None,
+    ab: bool,
+    max_regression: str,
+    save_data: bool,
     tgt_len: int | None,
     mem_len: int | None,
     ext_len: int | None,
@@ -143,189 +201,214 @@ def command(
 ) -> None:
     """Measure exported models, or a checkpoint in several runtimes, side by side on real text.
 
-    All take turns on the same tokens, by one clock, from one cold start. Timed is a step with tokens and memory already on the device,
-    until the device has finished. The perplexity of the timed steps is compared with the checkpoint's; a difference ends with 1.
+    An artifact needs a receipt for the same text and lengths (`txl eval --artifact DIR`). All take turns on the same tokens, by one clock,
+    from one cold start. The perplexity of the timed steps is compared with the checkpoint's and the receipt's; a difference ends with 1, as
+    does a row whose figures are not to be believed. Several devices: torchrun --nproc-per-node 2 --no-python txl bench ...
     """
-    from txl_deploy.bench.environment import describe_environment
+    if context.invoked_subcommand is not None:
+        given = [name for name in context.params if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+        if given:
+            option = given[0].replace("_", "-")
+            raise UsageError(f"`--{option}` stands before `{context.invoked_subcommand}`, which has options of its own: put it behind.")
+        return
+    from txl_deploy.bench.compare import parse_threshold
     from txl_deploy.bench.harness import BenchSettings
-    from txl_deploy.bench.report import disturbances, format_table
-    from txl_deploy.bench.result import BenchResult
-    from txl_deploy.bench.stats import STANDARD_PERCENTILES, parse_percentiles
-    from txl_deploy.bench.workload import Workload, parse_batch_sizes
-    from txl_deploy.corpora import open_corpus
-    from txl_deploy.manifest import Dtype
+    from txl_deploy.bench.stats import minimum_samples, parse_percentiles
+    from txl_deploy.bench.workload import parse_batch_sizes
+    from txl_deploy.cli.bench_contenders import runtime_names
     from txl_deploy.opening import Lengths
-    from txl_train.config import MemoryKind
+    from txl_train.distributed import join, world_of
 
-    if fp16 and dtype == "fp32":
-        raise UsageError("`--fp16` and `--dtype fp32` contradict each other.", remedy="Give one of them.")
-    dtype = "fp16" if fp16 else dtype
-    sizes = parse_batch_sizes(batch_sizes)
-    settings = BenchSettings(
-        percentiles=parse_percentiles(percentiles),
-        duration_s=duration,
-        min_samples=min_samples,
-        max_samples=max_samples,
-        max_duration_s=max_duration,
-        warmup_steps=warmup,
+    world = world_of()
+    with first_alone_reports(world):
+        if fp16 and dtype == "fp32":
+            raise UsageError("`--fp16` and `--dtype fp32` contradict each other.", remedy="Give one of them.")
+        dtype = "fp16" if fp16 else dtype
+        if not artifacts and checkpoint is None:
+            raise UsageError(
+                "There is nothing to measure.",
+                remedy="Name an exported model with `--artifact DIR`, or a checkpoint with `--checkpoint FILE`.",
+            )
+        if checkpoint is None and (runtimes is not None or dtype is not None):
+            option = "--dtype" if runtimes is None else "--runtimes"
+            raise UsageError(
+                f"`{option}` is for a checkpoint: an exported model knows what runs it.", remedy="Add `--checkpoint FILE`, or leave it out."
+            )
+        if save_data and out is not None:
+            raise UsageError("`--save-data` and `--out` name two files for one result.", remedy="Give one of them.")
+        wanted = parse_percentiles(percentiles)
+        job = _Job(
+            artifacts=artifacts,
+            receipts=receipts,
+            unvalidated=unvalidated,
+            checkpoint=checkpoint,
+            runtimes=runtime_names(runtimes),
+            dtype=cast("Dtype", dtype or "fp32"),
+            memory=cast("MemoryKind | None", memory),
+            dataset=dataset,
+            data=data,
+            split=split,
+            sizes=parse_batch_sizes(batch_sizes),
+            sizes_are_free=context.get_parameter_source("batch_sizes") is not click.core.ParameterSource.COMMANDLINE,
+            settings=BenchSettings(
+                percentiles=wanted,
+                duration_s=duration,
+                min_samples=max(map(minimum_samples, wanted)) if min_samples is None else min_samples,
+                max_samples=max_samples,
+                max_duration_s=max_duration,
+                warmup_steps=warmup,
+                boundary=boundary,
+            ),
+            lengths=Lengths(tgt_len=tgt_len, mem_len=mem_len, ext_len=ext_len, clamp_len=clamp_len, same_length=same_length),
+            device=device,
+            threads=threads,
+        )
+        verdicts = Verdicts(
+            accept_invalid=accept_invalid,
+            target_perplexity=target_perplexity,
+            target_throughput=target_throughput,
+            max_regression=parse_threshold(max_regression) if ab else None,
+        )
+        target = Path(SAVE_DATA_NAME) if save_data else out
+        if target is not None and world.is_main:
+            _check_writable(target)
+        import torch
+
+        chosen = _device(job, world)
+        with join(world, torch.device(chosen)), contextlib.ExitStack() as stack:
+            result = _run(job, chosen, world, verdicts, stack)
+        if not world.is_main:
+            return
+        result = verdicts.compared(result)
+        if target is not None:
+            result.write(target)
+        if as_json:
+            click.echo(result.to_json())
+        else:
+            _print(result, job.settings, verdicts)
+            if target is None:
+                click.echo("The samples were not kept; `--out FILE` writes them.", err=True)
+        verdicts.check(result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What was asked for."""
+
+    artifacts: tuple[Path, ...]
+    receipts: tuple[Path, ...]
+    unvalidated: bool
+    checkpoint: Path | None
+    runtimes: list[str]
+    dtype: Dtype
+    memory: MemoryKind | None
+    dataset: str | None
+    data: Path | None
+    split: str
+    sizes: tuple[int, ...]
+    sizes_are_free: bool
+    """Nobody asked for them, so an exported model of other batch sizes has its own."""
+    settings: BenchSettings
+    lengths: Lengths
+    device: str
+    threads: int | None
+
+
+def _device(job: _Job, world: World) -> str:
+    """Return where this process computes: one kind of device for all, so that no table mixes them."""
+    from txl_deploy.manifest import read_manifest
+    from txl_deploy.runtimes.registry import resolve_device
+
+    return device_of(world, resolve_device(job.device, [read_manifest(path).format for path in job.artifacts]))
+
+
+def _run(job: _Job, device: str, world: World, verdicts: Verdicts, stack: contextlib.ExitStack) -> BenchResult:
+    """Open, prove and measure; what is opened stays so until `stack` ends."""
+    from txl_deploy.bench.environment import describe_environment, describe_state
+    from txl_deploy.bench.result import BenchResult
+    from txl_deploy.bench.stats import STANDARD_PERCENTILES
+    from txl_deploy.bench.workload import Workload
+    from txl_deploy.cli.bench_contenders import open_contenders, open_in, prove
+    from txl_deploy.corpora import open_corpus
+
+    settings = job.settings
+    groups, model_data = all_or_none(
+        world,
+        lambda: open_contenders(job.artifacts, job.checkpoint, job.lengths, job.memory, device=device, threads=job.threads),
     )
-    if not artifacts and checkpoint is None:
-        raise UsageError(
-            "There is nothing to measure.", remedy="Name an exported model with `--artifact DIR`, or a checkpoint with `--checkpoint FILE`."
-        )
-    if checkpoint is None and (runtimes is not None or dtype is not None):
-        option = "--dtype" if runtimes is None else "--runtimes"
-        raise UsageError(
-            f"`{option}` is for a checkpoint: an exported model knows what runs it.", remedy="Add `--checkpoint FILE`, or leave it out."
-        )
-    names = _runtimes(runtimes)
-    if out is not None:
-        _check_writable(out)
-    lengths = Lengths(tgt_len=tgt_len, mem_len=mem_len, ext_len=ext_len, clamp_len=clamp_len, same_length=same_length)
-    groups, model_data = open_contenders(artifacts, checkpoint, lengths, cast(MemoryKind | None, memory), device=device, threads=threads)
-    stack = click.get_current_context().with_resource(contextlib.ExitStack())
-    if checkpoint is not None:
-        chosen = cast(Dtype, dtype or "fp32")
+    corpus = all_or_none(world, lambda: open_corpus(model_data, dataset=job.dataset, data=job.data))
+    groups, proofs = all_or_none(world, lambda: prove(groups, corpus, job.split, job.receipts, unvalidated=job.unvalidated))
+    if job.checkpoint is not None:
         for group in groups:
             leader = group[0].runtime.info
-            # eager in fp32 leads the group already
-            others = [_open(checkpoint, name, chosen, leader, threads, stack) for name in names if (name, chosen) != ("pytorch", "fp32")]
-            group[1:1] = others
-    if click.get_current_context().get_parameter_source("batch_sizes") is not click.core.ParameterSource.COMMANDLINE:
-        infos = [contender.runtime.info for group in groups for contender in group]
-        low = max(info.min_batch for info in infos)
-        high = min((info.max_batch for info in infos if info.max_batch is not None), default=max(sizes))
-        sizes = tuple(size for size in sizes if low <= size <= high) or (low,)
-    corpus = open_corpus(model_data, dataset=dataset, data=data)
-    ids, spec_name = corpus.ids(split), corpus.spec.name
+            for name in job.runtimes:
+                if (name, job.dtype) != ("pytorch", "fp32"):  # eager in fp32 leads the group already
+                    group.insert(1, open_in(job.checkpoint, name, job.dtype, leader, job.threads, stack))
+    verdicts.check_plan(groups)
+    infos = [contender.runtime.info for group in groups for contender in group]
+    sizes = job.sizes
+    if job.sizes_are_free:
+        low = max(info.min_batch for info in infos) * world.size
+        high = min((info.max_batch * world.size for info in infos if info.max_batch is not None), default=max(sizes))
+        sizes = tuple(size for size in sizes if low <= size <= high and size % world.size == 0) or (low,)
+    ids, dataset = corpus.ids(job.split), corpus.spec.name
     plan = [
-        (group, Workload(ids_N=ids, batch_size=size, tgt_len=info.tgt_len, ext_len=info.config.ext_len, dataset=spec_name, split=split))
+        (group, Workload(ids_N=ids, batch_size=size, tgt_len=info.tgt_len, ext_len=info.config.ext_len, dataset=dataset, split=job.split))
         for size in sizes
         for group in groups
         for info in [group[0].runtime.info]
     ]
-    environment = describe_environment(threads=_threads_used(threads), device=groups[0][0].runtime.info.device)
-    result = BenchResult(
-        rows=_measure(plan, settings),
+    environment = describe_environment(threads=_threads_used(job.threads), device=infos[0].device)
+    rows = _measure(plan, settings, world, job.threads)
+    return BenchResult(
+        rows=tuple(_with_parent(row, proofs.parents) for row in rows),
         command=command_line(),
         percentiles=tuple(sorted({*STANDARD_PERCENTILES, *settings.percentiles})),
         settings={**vars(settings), "percentiles": list(settings.percentiles), "batch_sizes": list(sizes)},
-        workload={"dataset": spec_name, "split": split, "n_tokens": len(ids), "corpus_sha256": corpus.sha256(split)},
+        workload={
+            "dataset": dataset,
+            "split": job.split,
+            "n_tokens": len(ids),
+            "corpus_sha256": corpus.sha256(job.split),
+            "vocabulary_sha256": model_data.vocabulary.sha256,
+        },
         environment=environment,
+        environment_after=describe_state(),
+        receipts=tuple(proofs.summaries),
+        unvalidated=proofs.is_any_missing,
     )
-    if out is not None:
-        result.write(out)
-    if as_json:
-        click.echo(result.to_json())
-    else:
-        click.echo(format_table(result.rows, settings.percentiles))
-        for sentence in disturbances(environment):
-            click.echo(sentence)
-        click.echo(f"\n{_conclusion(result)}")
-        if out is None:
-            click.echo("The samples were not kept; `--out FILE` writes them.", err=True)
-    _fail_if_unverified(result.failed)
 
 
-def _runtimes(names: str | None) -> list[str]:
-    """Return the names in a list such as `pytorch,compiled`, each once. Raises UsageError for one that there is not."""
-    found = list(dict.fromkeys(name.strip() for name in (names or "pytorch").split(",")))
-    for name in found:
-        if name not in RUNTIMES:
-            raise UsageError(f"`{name}` is no runtime of a checkpoint.{nearest(name, RUNTIMES)}", remedy=f"There is {', '.join(RUNTIMES)}.")
-    return found
-
-
-def _open(checkpoint: Path, runtime: str, dtype: Dtype, leader: RuntimeInfo, threads: int | None, stack: contextlib.ExitStack) -> Contender:
-    """Open the checkpoint in another runtime or type, for the lengths of the reference that leads its group."""
-    from txl_deploy.bench.harness import Contender
-    from txl_deploy.opening import Lengths, open_checkpoint
-
-    config = leader.config
-    lengths = Lengths(
-        tgt_len=leader.tgt_len,
-        mem_len=config.mem_len,
-        ext_len=config.ext_len,
-        clamp_len=config.clamp_len or -1,
-        same_length=config.same_length,
-        same_length_rule=config.same_length_rule,
+def _with_parent(row: Row, parents: Mapping[str, str]) -> Row:
+    """Return the row with the graph that its engine was built from, where it is one."""
+    if row.artifact is None or row.artifact.manifest_sha256 not in parents:
+        return row
+    return dataclasses.replace(
+        row, artifact=dataclasses.replace(row.artifact, parent_manifest_sha256=parents[row.artifact.manifest_sha256])
     )
-    opened = open_checkpoint(
-        checkpoint, runtime=runtime, lengths=lengths, memory=leader.memory, dtype=dtype, device=leader.device, threads=threads
-    )
-    return Contender(stack.enter_context(opened).runtime)
 
 
-def open_contenders(
-    artifacts: Sequence[Path], checkpoint: Path | None, lengths: Lengths, memory: MemoryKind | None, *, device: str, threads: int | None
-) -> tuple[list[list[Contender]], ModelData]:
-    """Open what is to be measured, in groups of equal lengths, each led by the reference if there is a checkpoint.
-
-    Raises UsageError for artifacts of different vocabularies or another head, ArtifactError for one that was not made from the checkpoint.
-    """
-    from txl_deploy.bench.harness import Contender
-    from txl_deploy.corpora import ModelData
-    from txl_deploy.manifest import read_manifest
-    from txl_deploy.opening import open_exported
-    from txl_deploy.runtimes.registry import eager_from_checkpoint, resolve_device
-    from txl_train.errors import ArtifactError
-
-    device = resolve_device(device, [read_manifest(path).format for path in artifacts])  # one for all, so that no table mixes devices
-    opened = [open_exported(path, lengths=lengths, head="nll", device=device, threads=threads) for path in artifacts]
-    for path, other in zip(artifacts, opened):
-        if other.model_data.vocabulary.sha256 != opened[0].model_data.vocabulary.sha256:
-            raise UsageError(
-                f"{path} has another vocabulary than {artifacts[0]}, so they cannot read the same tokens.",
-                remedy="Measure them one by one.",
-            )
-    groups: dict[tuple[object, ...], list[Contender]] = {}
-    for item in opened:
-        config = item.runtime.info.config
-        key = (item.runtime.info.tgt_len, config.mem_len, config.ext_len, config.clamp_len, config.max_distance)
-        groups.setdefault(key, []).append(Contender(item.runtime))
-    if checkpoint is None:
-        return list(groups.values()), opened[0].model_data
-    model_data = opened[0].model_data if opened else None
-    led: list[list[Contender]] = []
-    for group in list(groups.values()) or [[]]:
-        info = group[0].runtime.info if group else None
-        reference, loaded = eager_from_checkpoint(
-            checkpoint,
-            tgt_len=info.tgt_len if info else lengths.tgt_len,
-            memory=memory,
-            mem_len=info.mem_len if info else lengths.mem_len,
-            ext_len=info.config.ext_len if info else lengths.ext_len,
-            clamp_len=(info.config.clamp_len or -1) if info else lengths.clamp_len,
-            same_length=info.config.same_length if info else lengths.same_length,
-            same_length_rule=info.config.same_length_rule if info else lengths.same_length_rule,
-            device=device,
-            threads=threads,
-        )
-        for contender in group:
-            if contender.runtime.info.checkpoint_sha256 != reference.info.checkpoint_sha256:
-                raise ArtifactError(
-                    f"{contender.runtime.info.origin} was not made from {checkpoint}, so it cannot be checked against it.",
-                    remedy="Give the checkpoint it was made from, or export this one again with `txl export`.",
-                )
-        led.append([Contender(reference, is_reference=True), *group])
-        model_data = model_data or ModelData(loaded.dataset, loaded.vocabulary, loaded.data_folder)
-    assert model_data is not None
-    return led, model_data
-
-
-def _measure(plan: Sequence[tuple[list[Contender], Workload]], settings: BenchSettings) -> tuple[Row, ...]:
+def _measure(
+    plan: Sequence[tuple[list[Contender], Workload]], settings: BenchSettings, world: World, threads: int | None
+) -> tuple[Row, ...]:
+    from txl_deploy.bench.energy import meter_for
+    from txl_deploy.bench.environment import describe_state
     from txl_deploy.bench.harness import measure
+    from txl_deploy.bench.roofline import attach, peak_for
 
     rows: list[Row] = []
-    with progress("measuring", len(plan) * PERCENT) as advance:
+    shown = progress("measuring", len(plan) * PERCENT) if world.is_main else contextlib.nullcontext(lambda done: None)
+    with shown as advance:
         for i, (group, workload) in enumerate(plan):
 
             def tell(done: int, total: int, before: int = i * PERCENT) -> None:
                 advance(before + PERCENT * done // total)
 
-            measured = measure(group, workload, settings, progress=tell)
+            measured = measure(group, workload, settings, progress=tell, world=world, environment=describe_state, meter_for=meter_for)
             log.info("batch size %d: %d timed steps of each", workload.batch_size, measured[0].latency.n)
-            rows += measured
+            for row, contender in zip(measured, group):
+                info = contender.runtime.info
+                rows.append(attach(row, info, workload, peak_for(info, threads)))
     return tuple(rows)
 
 
@@ -335,27 +418,15 @@ def _threads_used(threads: int | None) -> int:
     return threads or torch.get_num_threads()
 
 
-def _conclusion(result: BenchResult) -> str:
-    rows = result.rows
-    if result.verified is None:
-        return "Not checked against a checkpoint: `--checkpoint FILE` compares the perplexity of what was timed."
-    if result.failed:
-        return f"FAILED: {len(result.failed)} of {len(rows)} rows are of a model that computes something else than its checkpoint."
-    largest = max(abs(row.perplexity_rel_diff or 0.0) for row in rows)
-    bound = max(row.tolerance or 0.0 for row in rows)
-    return f"Verified: the perplexity of every row's timed steps is the checkpoint's within {largest:.1e} (bound {bound:.0e})."
+def _print(result: BenchResult, settings: BenchSettings, verdicts: Verdicts) -> None:
+    from txl_deploy.bench.report import disturbances, format_table
 
-
-def _fail_if_unverified(failed: Sequence[Row]) -> None:
-    if failed:
-        worst = failed[0]
-        how = (
-            "is not finite" if worst.perplexity_rel_diff is None else f"is {abs(worst.perplexity_rel_diff):.1e} away from the checkpoint's"
-        )
-        raise ValidationError(
-            f"The perplexity of {worst.runtime} at batch size {worst.batch_size} {how}; {len(failed)} rows failed.",
-            remedy="Find where they part with `txl parity`, and export the checkpoint again.",
-        )
+    click.echo(format_table(result.rows, settings.percentiles))
+    for sentence in disturbances(result.environment):
+        click.echo(sentence)
+    click.echo("")
+    for line in [*proof_lines(result), *verdicts.comparison_lines(result)]:
+        click.echo(line)
 
 
 def _check_writable(out: Path) -> None:

@@ -11,6 +11,7 @@ from txl_train.errors import UsageError
 
 
 @click.command("report")
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="[FILES]...")
 @click.option(
     "--work-dir",
     type=click.Path(path_type=Path),
@@ -38,27 +39,48 @@ from txl_train.errors import UsageError
     metavar="FILE",
     help="The page to write.  [default: report.html in the folder]",
 )
+@click.option("--markdown", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the tables as Markdown, too.")
+@click.option(
+    "--published",
+    type=click.Choice(["v100", "t4", "all"]),
+    help="Show the tables that NVIDIA published, in a section of their own: those of a GPU, or all.  [default: none]",
+)
 @json_option
 @verbosity_options
-def command(work_dir: Path | None, bench_files: tuple[Path, ...], metrics: Path | None, out: Path | None, as_json: bool) -> None:
+def command(
+    files: tuple[Path, ...],
+    work_dir: Path | None,
+    bench_files: tuple[Path, ...],
+    metrics: Path | None,
+    out: Path | None,
+    markdown: Path | None,
+    published: str | None,
+    as_json: bool,
+) -> None:
     """Write one self-contained HTML page, and its charts as PNG files beside it; the tables go to standard output too.
 
+    FILES are results of any kind: benchmarks, training benchmarks, parity, receipts, evaluations, metrics.
     The page shows what was measured, on what, whether to believe it, and the command that measures it again.
     """
-    from txl_deploy.bench.report import format_summary, gather, write_report
-    from txl_train.files import check_replaceable
+    from txl_deploy.bench.published import published_tables
+    from txl_deploy.bench.report import format_markdown, format_summary, gather, write_report
+    from txl_train.files import check_replaceable, whole_or_absent
 
-    if work_dir is None and out is None:
+    if work_dir is None and out is None and not files:
         if not bench_files and metrics is None:
             raise UsageError(
                 "There is nothing to report on.",
                 remedy="Name a work folder with `--work-dir DIR`, or a result with `--bench FILE --out FILE`.",
             )
         raise UsageError("It is not said where the page is to go.", remedy="Name it with `--out FILE`.")
-    target = out if out is not None else (work_dir or Path()) / "report.html"
+    target = out if out is not None else (work_dir or files[0].parent) / "report.html"
     check_replaceable(target, b"<!doctype html>")
-    found = gather(work_dir, bench_files, metrics)
-    page, *charts = write_report(found, target)
+    found = gather(work_dir, bench_files, metrics, files=files)
+    tables = published_tables(published) if published is not None else ()
+    page, *charts = write_report(found, target, published=tables)
+    if markdown is not None:
+        with whole_or_absent(markdown) as file:
+            file.write(format_markdown(found, tables).encode())
     if as_json:
         echo_json({"report": str(page), "charts": [str(path) for path in charts]})
     else:

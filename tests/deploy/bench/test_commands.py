@@ -15,7 +15,7 @@ from txl_deploy.bench.result import BenchResult
 from txl_deploy.cli import options
 from txl_deploy.cli.main import main
 
-FEW = ("--duration", "0", "--min-samples", "3", "--max-samples", "3")
+FEW = ("--duration", "0", "--min-samples", "3", "--max-samples", "3", "--accept-invalid")
 
 
 def txl(*words):
@@ -23,15 +23,15 @@ def txl(*words):
 
 
 @pytest.fixture
-def measured(exports, tmp_path, capsys):
+def measured(proved, tmp_path, capsys):
     """Measure everything at two batch sizes, once, and return (exit code, standard output, result file)."""
     out = tmp_path / "benchmark.json"
-    artifacts = ("--artifact", exports.torchscript, "--artifact", exports.onnx)
-    code = txl("bench", *artifacts, "--checkpoint", exports.checkpoint, "--batch-sizes", "1..2", *FEW, "--out", out, "--json")
+    artifacts = ("--artifact", proved.torchscript, "--artifact", proved.onnx)
+    code = txl("bench", *artifacts, "--checkpoint", proved.checkpoint, "--batch-sizes", "1..2", *FEW, "--out", out, "--json")
     return code, capsys.readouterr().out, out
 
 
-def test_every_runtime_is_measured_and_verified_at_every_batch_size(measured, exports):
+def test_every_runtime_is_measured_and_verified_at_every_batch_size(measured, proved):
     code, printed, out = measured
     document = json.loads(printed)
     assert code == 0
@@ -46,26 +46,28 @@ def test_every_runtime_is_measured_and_verified_at_every_batch_size(measured, ex
     assert BenchResult.read(out).verified is True
 
 
-def test_a_table_is_for_people_and_progress_stays_off_standard_output(exports, capsys):
-    assert txl("bench", "--artifact", exports.torchscript, "--checkpoint", exports.checkpoint, "--batch-sizes", "2", *FEW) == 0
+def test_a_table_is_for_people_and_progress_stays_off_standard_output(proved, capsys):
+    assert txl("bench", "--artifact", proved.torchscript, "--checkpoint", proved.checkpoint, "--batch-sizes", "2", *FEW) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[1].split()[0] == "Runtime"
     assert "Verified: the perplexity of every row's timed steps is the checkpoint's" in printed.out
     assert "timed steps of each" not in printed.out
 
 
-def test_without_a_checkpoint_the_table_says_that_nothing_was_checked(exports, capsys):
-    assert txl("bench", "--artifact", exports.torchscript, "--batch-sizes", "1", *FEW) == 0
-    assert "Not checked against a checkpoint" in capsys.readouterr().out
+def test_without_a_checkpoint_the_receipt_is_the_proof(proved, capsys):
+    assert txl("bench", "--artifact", proved.torchscript, "--batch-sizes", "1", *FEW) == 0
+    told = capsys.readouterr().out
+    assert "Receipt " in told
+    assert "`--checkpoint FILE` does so at every batch size" in told
 
 
-def test_a_checkpoint_alone_is_measured_with_the_lengths_asked_for(exports, capsys):
-    assert txl("bench", "--checkpoint", exports.checkpoint, "--tgt-len", 3, "--mem-len", 4, "--batch-sizes", "1", *FEW, "--json") == 0
+def test_a_checkpoint_alone_is_measured_with_the_lengths_asked_for(proved, capsys):
+    assert txl("bench", "--checkpoint", proved.checkpoint, "--tgt-len", 3, "--mem-len", 4, "--batch-sizes", "1", *FEW, "--json") == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert (row["tgt_len"], row["mem_len"], row["is_reference"]) == (3, 4, True)
 
 
-def test_an_artifact_that_computes_something_else_ends_with_1_after_the_result(exports, capsys, monkeypatch):
+def test_an_artifact_that_computes_something_else_ends_with_1_after_the_result(proved, capsys, monkeypatch):
     from txl_deploy.runtimes.torchscript import TorchScriptRuntime
 
     honest = TorchScriptRuntime.step
@@ -75,7 +77,7 @@ def test_an_artifact_that_computes_something_else_ends_with_1_after_the_result(e
         return output._replace(nll_BT=output.nll_BT + 1e-3)
 
     monkeypatch.setattr(TorchScriptRuntime, "step", off_by_a_thousandth)
-    assert txl("bench", "--artifact", exports.torchscript, "--checkpoint", exports.checkpoint, "--batch-sizes", "1", *FEW, "--json") == 1
+    assert txl("bench", "--artifact", proved.torchscript, "--checkpoint", proved.checkpoint, "--batch-sizes", "1", *FEW, "--json") == 1
     printed = capsys.readouterr()
     document = json.loads(printed.out)
     assert document["verified"] is False
@@ -84,10 +86,10 @@ def test_an_artifact_that_computes_something_else_ends_with_1_after_the_result(e
     assert "txl parity" in printed.err
 
 
-def test_an_artifact_of_another_checkpoint_is_refused(exports, tmp_path, capsys):
+def test_an_artifact_of_another_checkpoint_is_refused(proved, tmp_path, capsys):
     other = tmp_path / "other.pt"
-    write_checkpoint(other, small_config(cutoffs=(5, 9, 16), div_val=2), data=exports.data, tgt_len=TGT_LEN, seed=9)
-    assert txl("bench", "--artifact", exports.torchscript, "--checkpoint", other, "--batch-sizes", "1", *FEW) == 4
+    write_checkpoint(other, small_config(cutoffs=(5, 9, 16), div_val=2), data=proved.data, tgt_len=TGT_LEN, seed=9)
+    assert txl("bench", "--artifact", proved.torchscript, "--checkpoint", other, "--batch-sizes", "1", *FEW) == 4
     assert "was not made from" in capsys.readouterr().err
 
 
@@ -107,17 +109,17 @@ def test_an_artifact_of_another_checkpoint_is_refused(exports, tmp_path, capsys)
         (("--artifact", "ARTIFACT", "--out", "ARTIFACT/manifest.json/x.json"), 3, "cannot be written"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_measuring(exports, capsys, words, code, message):
-    words = [word.replace("ARTIFACT", str(exports.torchscript)) for word in words]
+def test_what_cannot_be_measured_is_refused_before_measuring(proved, capsys, words, code, message):
+    words = [word.replace("ARTIFACT", str(proved.torchscript)) for word in words]
     assert txl("bench", *words) == code
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.out == ""
 
 
-def test_underscores_are_understood(exports, capsys):
+def test_underscores_are_understood(proved, capsys):
     assert (
-        txl("bench", "--artifact", exports.torchscript, "--batch_sizes", "1", "--min_samples", 2, "--max_samples", 2, "--duration", 0) == 0
+        txl("bench", "--artifact", proved.torchscript, "--batch_sizes", 1, "--min_samples", 2, "--max_samples", 2, "--accept_invalid") == 0
     )
     assert "ONNX" not in capsys.readouterr().out
 
@@ -136,7 +138,7 @@ def test_a_report_is_written_beside_its_charts(tmp_path, capsys):
     assert txl("report", "--work-dir", tmp_path, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {
         "report": str(tmp_path / "report.html"),
-        "charts": [str(tmp_path / "latency.png"), str(tmp_path / "throughput.png")],
+        "charts": [str(tmp_path / f"{name}.png") for name in ("latency", "throughput", "distributions")],
     }
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
 

@@ -8,15 +8,18 @@ import html.parser
 import json
 import re
 
+import numpy as np
 import pytest
 
 from tests.deploy.bench.samples import result_of, rows_of
-from txl_deploy.bench import plots
+from txl_deploy.bench import plots, plots_bench
+from txl_deploy.bench.published import published_tables
 from txl_deploy.bench.report import (
     Findings,
     Training,
     disturbances,
     flat_facts,
+    format_markdown,
     format_ms,
     format_perplexity,
     format_table,
@@ -35,7 +38,7 @@ from txl_train.errors import ArtifactError, EnvironmentUnfitError, UsageError
 def test_the_table_has_the_specifications_columns_and_one_line_a_row():
     lines = format_table(rows_of()).splitlines()
     assert lines[0].split() == ["Batch", "Seq.", "Memory", "Throughput", "Latency"]
-    titles = "Runtime size length length tok/s avg ms 50% 90% 95% 99% n Perplexity Verified"
+    titles = "Runtime size length length tok/s avg ms 50% 90% 95% 99% n Perplexity Verified Valid"
     assert lines[1].split() == titles.split()
     body = lines[3:9]
     assert [line.split()[0] for line in body] == ["PyTorch"] * 3 + ["ONNX"] * 3
@@ -56,8 +59,8 @@ def test_a_percentile_from_too_few_samples_is_marked_and_explained():
 
 
 def test_a_note_is_told_once_with_the_batch_sizes_it_is_about():
-    text = format_table(rows_of((1, 512, 600)))
-    assert text.count("part of each step is padding, which tokens_per_s leaves out (batch size 512, 600)") == 1
+    text = format_table([dataclasses.replace(row, notes=("the text is short",)) for row in rows_of((1, 2))])
+    assert text.count("the text is short (batch size 1, 2)") == 1
 
 
 @pytest.mark.parametrize(("busy", "count"), [(None, 0), (0.05, 0), (0.5, 1)])
@@ -75,9 +78,12 @@ def test_only_the_percentiles_asked_for_are_shown():
     assert format_table(rows_of((1,)), (50, 99)).splitlines()[1].split()[7:10] == ["50%", "99%", "n"]
 
 
-def test_verdicts_stand_in_the_last_column():
+def test_verdicts_on_model_and_figures_stand_in_the_last_columns():
     def verdict(rows, line):
-        return format_table(rows).splitlines()[line].split("  ")[-1]
+        unjudged = [dataclasses.replace(row, valid=None, invalid_reasons=()) for row in rows]
+        cells = re.split(r"  +", format_table(unjudged).splitlines()[line])
+        assert cells[-1] == "not judged"
+        return cells[-2]
 
     assert verdict(rows_of((1,)), 3) == "reference"
     assert verdict(rows_of((1,)), 4) == "yes, equal"
@@ -264,7 +270,7 @@ def full_page(page_of, tmp_path_factory):
 
 def test_the_page_is_whole_and_loads_nothing_from_anywhere(full_page):
     page, text, names = full_page
-    assert names == ["report.html", "training.png", "latency.png", "throughput.png"]
+    assert names == ["report.html", "training.png", "latency.png", "throughput.png", "distributions.png"]
     assert page.loads
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.loads)
     assert "script" not in page.tags
@@ -321,23 +327,26 @@ def test_a_result_that_says_little_of_its_machine_is_shown_nevertheless(page_of,
 def test_a_speedup_is_clear_only_where_the_medians_intervals_lie_apart(page_of):
     reference, onnx = rows_of((1,))
 
-    def row_with(samples):
-        return dataclasses.replace(onnx, samples_ms=tuple(samples), latency=LatencySummary.of(samples))
+    def with_samples(row, samples):
+        return dataclasses.replace(row, samples_ms=tuple(samples), latency=LatencySummary.of(samples))
 
-    for samples, expected in (([1.0, 1.1] * 20, "faster"), ([9.0, 9.1] * 20, "slower"), ([1.0] * 19 + [9.0] * 21, "unclear")):
-        _, text, _ = page_of(Findings(benches=[("b.json", result_of([reference, row_with(samples)]))]))
+    random = np.random.default_rng(0)
+    baseline = with_samples(reference, random.uniform(3.0, 3.5, 200))
+    for low, high, expected in ((1.0, 1.1, "faster"), (9.0, 9.1, "slower"), (3.0, 3.5, "unclear")):
+        result = result_of([baseline, with_samples(onnx, random.uniform(low, high, 200))])
+        _, text, _ = page_of(Findings(benches=[("b.json", result)]))
         assert f'class="gain {expected}"' in text
 
 
 def test_one_batch_size_needs_no_curve_over_batch_sizes(page_of):
     _, _, names = page_of(Findings(benches=[("b.json", result_of(rows_of((4,))))]))
-    assert names == ["report.html", "latency.png"]
+    assert names == ["report.html", "latency.png", "distributions.png"]
 
 
 def test_several_results_have_charts_of_their_own(page_of):
     benches = [("a.json", result_of(rows_of((1,)))), ("a.json", result_of(rows_of((1,))))]
     _, _, names = page_of(Findings(benches=benches))
-    assert names == ["report.html", "latency-1.png", "latency-2.png"]
+    assert names == ["report.html", "latency-1.png", "distributions-1.png", "latency-2.png", "distributions-2.png"]
 
 
 def test_characters_are_scored_in_bits(page_of):
@@ -346,6 +355,37 @@ def test_characters_are_scored_in_bits(page_of):
     assert "bits per character, validation" in page.text
     assert "2.164" in page.text  # 1.5 / ln 2
     assert "perplexity, validation" not in page.text
+
+
+def test_unvalidated_figures_are_stamped_on_the_page_and_on_their_charts(page_of):
+    sound = result_of(rows_of((1,)))
+    page, text, _ = page_of(Findings(benches=[("b.json", dataclasses.replace(sound, unvalidated=True))]))
+    assert "UNVALIDATED" in page.text[: page.text.index("In short")]
+    assert text.count('<span class="mark bad">UNVALIDATED</span>') == 2
+    point = plots_bench.Point(batch_size=1, p50_ms=1.0, p99_ms=2.0, tokens_per_s=64e3)
+    paint = plots_bench.latency_over_batch([plots_bench.Line("a", [point])])
+    assert plots.draw("n", "t", "d", paint, stamp=plots.STAMP).png != plots.draw("n", "t", "d", paint).png
+    assert "UNVALIDATED" not in page_of(Findings(benches=[("b.json", sound)]))[0].text
+
+
+def test_an_invalid_row_is_marked_with_its_reason_on_page_table_and_markdown(page_of):
+    rows = [dataclasses.replace(row, valid=True, invalid_reasons=()) for row in rows_of((1, 2))]
+    rows[0] = dataclasses.replace(rows[0], valid=False, invalid_reasons=("it drifts by 9 %",))
+    found = Findings(benches=[("b.json", result_of(rows))])
+    page, text, _ = page_of(found)
+    assert "3 of 4 rows are VALID" in page.text
+    assert text.count('<tr class="invalid">') == 1
+    assert "it drifts by 9 %" in page.text
+    assert "INVALID: FP32, PyTorch, batch size 1: it drifts by 9 %." in format_table(rows)
+    assert "it drifts by 9 %" in format_markdown(found)
+
+
+def test_published_tables_stand_in_a_section_of_their_own(page_of):
+    found = Findings(benches=[("b.json", result_of(rows_of((1,))))])
+    assert "NVIDIA" not in page_of(found)[0].text
+    text = format_markdown(found, published_tables("t4"))
+    assert text.index("Measured by `txl bench") < text.index("Published by NVIDIA, not measured here")
+    assert "18,912.0" in text[text.index("Published by NVIDIA") :]
 
 
 def test_what_comes_from_files_is_escaped(page_of):
@@ -360,7 +400,9 @@ def test_what_comes_from_files_is_escaped(page_of):
 
 def test_the_same_chart_is_the_same_bytes():
     pytest.importorskip("matplotlib", reason="needs the extra `report`")
-    paint = plots.latency_over_batch([plots.LatencyLine("a", [1], [1.0], [2.0], [64e3])])
+    paint = plots_bench.latency_over_batch(
+        [plots_bench.Line("a", [plots_bench.Point(batch_size=1, p50_ms=1.0, p99_ms=2.0, tokens_per_s=64e3)])]
+    )
     assert plots.draw("n", "t", "d", paint) == plots.draw("n", "t", "d", paint)
 
 

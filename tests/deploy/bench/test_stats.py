@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from txl_deploy.bench.stats import LatencySummary, minimum_samples, parse_percentiles, percentile, percentile_interval
+from txl_deploy.bench.stats import (
+    LatencySummary,
+    effective_samples,
+    lag1_autocorrelation,
+    minimum_samples,
+    parse_percentiles,
+    percentile,
+    percentile_interval,
+    ratio_interval,
+    samples_for_interval,
+)
 from txl_train.errors import UsageError
 
 
@@ -42,13 +52,18 @@ def test_a_low_percentile_needs_as_many_samples_as_its_mirror_image():
 
 @pytest.mark.parametrize(("p", "n"), [(90, 36), (95, 72), (99, 368)])
 def test_an_interval_exists_from_the_sample_count_on_that_order_statistics_allow(p, n):
-    assert percentile_interval(range(n - 1), p) is None
-    assert percentile_interval(range(n), p) is not None
+    samples = np.random.default_rng(0).permutation(n)  # in a random order: neighbours are independent
+    assert samples_for_interval(p) == n
+    assert percentile_interval(samples[1:], p) is None
+    assert percentile_interval(samples, p) is not None
 
 
 def test_the_medians_interval_has_the_ranks_of_the_textbook():
-    # n = 100: the 40th and the 61st sample (Conover, Practical Nonparametric Statistics, table of the binomial)
-    assert percentile_interval(range(1, 101), 50) == (40.0, 61.0)
+    # n = 100: the 40th and the 61st sample hold it in at least 95 % (Conover, Practical Nonparametric Statistics, table of the binomial),
+    # the 41st and the 60th in less, and fractional ranks between them in 95 %
+    low, high = percentile_interval(np.random.default_rng(0).permutation(100) + 1, 50)
+    assert 40 < low < 41
+    assert 60 < high < 61
 
 
 @pytest.mark.parametrize("p", [50, 90])
@@ -59,8 +74,67 @@ def test_the_interval_covers_the_true_percentile_as_often_as_it_says(p):
     for samples in generator.exponential(size=(400, 120)):
         low, high = percentile_interval(samples, p)
         hits += low <= truth <= high
-    # nominal 95 %, conservative because ranks are whole numbers; 3 standard errors of 400 trials are 3.3 %
-    assert 0.917 <= hits / 400 <= 1.0
+    # nominal 95 %; 3 standard errors of 400 trials are 3.3 %
+    assert 0.917 <= hits / 400 <= 0.983
+
+
+def slow_moods(n, seed=0):
+    """Return latencies of a machine that is slow for some 50 steps on end, every other time."""
+    generator = np.random.default_rng(seed)
+    return generator.lognormal(0, 0.1, n) * np.where(np.arange(n) // 50 % 2, 1.5, 1.0)
+
+
+def test_samples_that_resemble_their_neighbours_get_wider_intervals_than_the_same_ones_shuffled():
+    samples = slow_moods(4000)
+    shuffled = np.random.default_rng(1).permutation(samples)
+    (low, high), (shuffled_low, shuffled_high) = percentile_interval(samples, 90), percentile_interval(shuffled, 90)
+    assert low < shuffled_low < shuffled_high < high
+    assert effective_samples(samples) < 4000 / 10
+    assert effective_samples(shuffled) > 4000 / 2
+
+
+def test_where_too_little_is_left_there_is_no_interval():
+    summary = LatencySummary.of(slow_moods(700))
+    assert summary.interval_ms(99) is None
+    assert summary.effective_n(99) < samples_for_interval(99)
+    assert summary.mean_interval_ms is None
+
+
+def test_the_order_of_samples_does_not_move_the_percentile_itself():
+    assert LatencySummary.of(slow_moods(700)).percentile_ms(99) == percentile(sorted(slow_moods(700)), 99)
+
+
+def test_the_mean_has_an_interval_in_the_row():
+    low, high = LatencySummary.of(np.random.default_rng(0).lognormal(0, 0.1, 400)).to_row()["latency_ms_mean_interval_95"]
+    assert low < np.exp(0.005) < high < low + 0.03
+
+
+def test_neighbours_that_alternate_and_those_that_stay():
+    assert lag1_autocorrelation([1, 2] * 50) < -0.9
+    assert lag1_autocorrelation([1] * 50 + [2] * 50) > 0.9
+    assert lag1_autocorrelation([3.0] * 10) == 0.0
+
+
+def test_the_interval_of_a_ratio_holds_it_and_turns_with_it():
+    generator = np.random.default_rng(5)
+    a, b = generator.lognormal(0, 0.2, 700), 1.1 * generator.lognormal(0, 0.2, 700)
+    low, high = ratio_interval(b, a, 50)
+    assert low < 1.1 < high < low + 0.08
+    assert ratio_interval(a, b, 50) == pytest.approx((1 / high, 1 / low))
+    assert ratio_interval(a[:5], b, 50) is None
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+def test_intervals_hold_the_truth_for_independent_and_for_autocorrelated_samples(rho):
+    generator = np.random.default_rng(11)
+    x = generator.standard_normal((200, 662))
+    for t in range(1, 662):
+        x[:, t] = rho * x[:, t - 1] + (1 - rho**2) ** 0.5 * x[:, t]
+    summaries = [LatencySummary.of(samples) for samples in np.exp(0.25 * x)]
+    for p, truth in ((50, 1.0), (90, np.exp(0.25 * 1.28155)), (None, np.exp(0.25**2 / 2))):
+        intervals = [s.mean_interval_ms if p is None else s.interval_ms(p) for s in summaries]
+        # nominal 95 %; 3 standard errors of 200 trials are 4.6 %. benchmarks/interval_coverage.py measures it with 2,000 for all series
+        assert 0.904 <= np.mean([low <= truth <= high for low, high in intervals]) <= 0.996
 
 
 def test_a_summary_holds_what_a_row_needs():

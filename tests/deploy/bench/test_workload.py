@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,17 @@ def test_after_the_last_segment_comes_the_first_from_a_cold_start():
     text = workload(33)
     assert [step for step in range(10) if text.starts_cold(step)] == [0, 4, 8]
     assert np.array_equal(text.segment(4).input_ids_BT, text.segment(0).input_ids_BT)
+
+
+def test_processes_read_their_part_of_the_streams_and_all_of_them_together_the_whole():
+    text = workload(65, batch_size=4)
+    parts = [dataclasses.replace(text, streams=slice(first, first + 2)) for first in (0, 2)]
+    assert [part.n_streams for part in parts] == [2, 2]
+    assert text.n_streams == 4
+    assert all(part.steps_per_pass == text.steps_per_pass and not part.is_padded for part in parts)
+    for step in range(6):
+        both = np.concatenate([part.segment(step).target_ids_BT for part in parts])
+        assert np.array_equal(both, text.segment(step).target_ids_BT)
 
 
 def test_a_last_segment_with_padding_is_left_out_where_there_are_others():

@@ -64,6 +64,28 @@ def test_parity_for_people_shows_every_segment_and_the_verdict(exports: Exports,
     assert sum(line.split()[:1] == [str(i)] for line in lines for i in range(7)) == 7
 
 
+def test_parity_shows_equivalence_trend_and_distributions_and_draws_them(exports: Exports, tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `report`")
+    plot, out = tmp_path / "deep" / "drift.png", tmp_path / "parity.json"
+    arguments = ["parity", "--checkpoint", str(exports.checkpoint), "--artifact", str(exports.torchscript)]
+    assert main([*arguments, "--plot", str(plot), "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    for line in ("trend                  no growth", "distributions          KL", "mean Δnll", "memory error by layer"):
+        assert line in text
+    document = json.loads(out.read_text())
+    assert document["upper_bound_mean_nll"] <= document["tolerance"]["mean_nll"]
+    assert document["trend"]["judged"] is True
+    assert document["distribution"]["n_segments"] == 16
+    assert len(document["memory_error_by_layer"]) == 2
+
+
+def test_parity_without_its_two_sides_or_a_self_test_is_refused(exports: Exports, capsys: Capture) -> None:
+    assert main(["parity", "--checkpoint", str(exports.checkpoint)]) == 2
+    assert "`--artifact` is missing" in capsys.readouterr().err
+    assert main(["parity", "--self-test", "--artifact", str(exports.onnx)]) == 2
+
+
 def test_an_artifact_of_another_checkpoint_fails_with_1(exports: Exports, tmp_path: Path, capsys: Capture) -> None:
     write_checkpoint(tmp_path / "other.pt", small_config(cutoffs=(5, 9, 16), div_val=2), data=exports.data, seed=9)
     assert main(["parity", "--checkpoint", str(tmp_path / "other.pt"), "--artifact", str(exports.onnx)]) == 1
