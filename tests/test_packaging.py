@@ -69,6 +69,7 @@ def test_the_wheel_holds_both_packages_with_their_data_and_nothing_else(tmp_path
         if path.is_file() and "__pycache__" not in path.parts
     }
     expected |= {f"txl_deploy/targets/{path.name}" for path in (ROOT / "engines" / "targets").glob("*.yaml")}  # through a link
+    expected |= {f"txl_deploy/published/{path.name}" for path in (ROOT / "benchmarks" / "published").glob("*.json")}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert "txl_train/presets/tiny.yaml" in names
     assert "txl_train/py.typed" in names

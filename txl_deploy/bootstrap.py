@@ -28,11 +28,11 @@ SEED = 20190109
 MOST_BLOCKS = 500
 """Blocks drawn for one mean at most: longer ones lose nothing where there are so many, and a long series stays cheap."""
 
-SAMPLES_PER_DEGREE = 10.0
+SAMPLES_PER_DEGREE = 7.0
 """Effective samples for one degree of freedom of Student's t, where the series is autocorrelated: its long-run variance is estimated from
 few excursions. A round number that covers, see `benchmarks/interval_coverage.py`."""
 
-BIAS = 10.0
+BIAS = 3.0
 """Share by which autoregressive models fall short of a large design effect d is about BIAS * d / n: they see the series' own mean."""
 
 
@@ -68,7 +68,8 @@ def design_effect(values: Values) -> float:
     """Return how many autocorrelated samples tell as much of the mean as one independent one: long-run variance over variance, 1..n.
 
     The long-run variance is the spectrum at frequency 0 of an autoregressive model (Yule & Walker), by the larger of two orders: that of
-    Akaike's criterion corrected for short series (Hurvich & Tsai 1989), and the cube root of n, which sees weak correlation that lasts.
+    Akaike's criterion corrected for short series (Hurvich & Tsai 1989), and 1.5 times the cube root of n, which sees weak correlation
+    that lasts.
     Less than 1, where neighbours avoid each other, counts as 1.
     """
     x = np.asarray(values, dtype=np.float64)
@@ -77,7 +78,7 @@ def design_effect(values: Values) -> float:
     if len(models) == 1:
         return 1.0
     by_criterion = min(enumerate(models), key=lambda m: n * math.log(m[1][1]) + 2 * (m[0] + 1) * n / max(n - m[0] - 2, 1))[1]
-    by_length = models[min(round(n ** (1 / 3)), len(models) - 1)]
+    by_length = models[min(round(1.5 * n ** (1 / 3)), len(models) - 1)]
     effect = max(1.0, by_criterion[0], by_length[0])
     return float(min(1 + (effect - 1) * (1 + BIAS * effect / n), n))
 

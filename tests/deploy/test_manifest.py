@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from txl_deploy.documents import content_sha256 as checksum
 from txl_deploy.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
@@ -25,7 +26,6 @@ from txl_deploy.manifest import (
     verify,
     write_manifest,
 )
-from txl_deploy.documents import content_sha256 as checksum
 from txl_train.errors import ManifestError
 from txl_train.files import file_sha256
 

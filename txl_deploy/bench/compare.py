@@ -25,6 +25,9 @@ Verdict = Literal["faster", "slower", "no difference"]
 LEAST_TURNS = 8
 """Turns that a paired comparison needs: the spread between fewer is known too badly."""
 
+MAX_REGRESSION = 0.02
+"""Slower by how much is let pass, unless another share is named: what two runs of one program differ by on an idle machine."""
+
 MACHINE = ("cpu", "cores", "cores_usable", "threads", "device")
 """What of the environment two files must have in common."""
 
@@ -44,7 +47,7 @@ class Ratio:
     n_b: int
     paired: bool
     """Whether the two took turns in one run, and turns were compared with each other."""
-    max_regression: float = 0.02
+    max_regression: float = MAX_REGRESSION
     """How much slower the new one may be, as a share."""
 
     @property
@@ -74,7 +77,7 @@ class Pair:
     """Why there is no ratio."""
 
 
-def compare_paired(a: Row, b: Row, *, p: float | None = 50, max_regression: float = 0.02) -> Ratio:
+def compare_paired(a: Row, b: Row, *, p: float | None = 50, max_regression: float = MAX_REGRESSION) -> Ratio:
     """Compare two rows of one interleaved run: `b` over `a`, for the p-th percentile, or the mean where `p` is None.
 
     Whole turns are drawn, the same ones of both (a paired block bootstrap), and the drawn logarithms of the ratio are widened by Student's
@@ -107,7 +110,7 @@ def compare_paired(a: Row, b: Row, *, p: float | None = 50, max_regression: floa
     return Ratio(quantity=_quantity(p), ratio=point, interval_95=interval, n_a=n_a, n_b=n_b, paired=True, max_regression=max_regression)
 
 
-def compare_rows(a: Row, b: Row, *, p: float | None = 50, max_regression: float = 0.02) -> Ratio:
+def compare_rows(a: Row, b: Row, *, p: float | None = 50, max_regression: float = MAX_REGRESSION) -> Ratio:
     """Compare rows of two runs: `b` over `a`, for the p-th percentile, or the mean where `p` is None, each by its own interval.
 
     Raises:
@@ -160,7 +163,7 @@ def match(old: BenchResult, new: BenchResult, *, across_machines: bool = False) 
 
 
 def compare_results(
-    old: BenchResult, new: BenchResult, *, p: float | None = 50, max_regression: float = 0.02, across_machines: bool = False
+    old: BenchResult, new: BenchResult, *, p: float | None = 50, max_regression: float = MAX_REGRESSION, across_machines: bool = False
 ) -> list[Pair]:
     """Compare all that two files have in common. Errors as `match`; rows that are not to be believed get a reason instead of a ratio."""
     return [_compared(a, b, p, max_regression) for a, b in match(old, new, across_machines=across_machines)]

@@ -76,7 +76,7 @@ class Stability:
 
 @dataclass(frozen=True, kw_only=True)
 class Energy:
-    """What the device says it used while the steps were timed."""
+    """What the device says it used over further steps of the same kind, after the timed ones: counters move too slowly for short turns."""
 
     joules_per_token: float
     mean_watts: float
@@ -245,7 +245,7 @@ class BenchResult:
     receipts: tuple[Mapping[str, Any], ...] = ()
     """`Receipt.summary()` of each receipt that rows rest on."""
     comparisons: tuple[Mapping[str, Any], ...] = ()
-    """The second of two runtimes over the first, by pairs of their turns (`--ab`): `batch_size` and `compare.Ratio.to_dict()` of each size."""
+    """Of `--ab`, the second of two over the first, by pairs of their turns: each `batch_size` with its `compare.Ratio.to_dict()`."""
     unvalidated: bool = False
     """True if rows were measured without proof, by `--unvalidated`: to be stamped on whatever shows them."""
 

@@ -40,7 +40,7 @@ STEADY_WINDOWS, STEADY_WINDOW = 3, 3
 STEADY_CHANGE = 0.05
 """A smaller change of the median from the first of these windows to the last is steady: as much as drift may be afterwards."""
 
-STEADY_NOISE = 2.0
+STEADY_NOISE = 3.0
 """So is one of fewer standard errors than this: then the medians differ by what single steps scatter."""
 
 

@@ -277,7 +277,7 @@ def _independent_worth(x: NDArray[np.float64], p: float, confidence: float) -> t
         for share in (q, 1 - wider if q > 0.5 else wider)
     )
     # The design effect is known as well as excursions of the whole series, and of those beyond the percentile, are many.
-    degrees = 2 / (2 * SAMPLES_PER_DEGREE * effect / n + 2 * (effect - 1) / (n * tail))
+    degrees = 2 / (2 * SAMPLES_PER_DEGREE * effect / n + 2.5 * (effect - 1) / (n * tail))
     beyond = (1 + confidence) / 2
     worth = n / effect * (t_quantile(beyond, math.inf) / t_quantile(beyond, max(round(degrees, 1), 3.0))) ** 2
     worth = float(f"{worth:.3g}")  # three digits, so that the ranks of near ones are looked up

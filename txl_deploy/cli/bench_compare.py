@@ -69,6 +69,7 @@ def document_of(pairs: Sequence[Pair], *, threshold: float, files: tuple[str, st
                 "processes": pair.new.processes,
                 "boundary": pair.new.boundary,
                 "comparison": None if pair.ratio is None else pair.ratio.to_dict(),
+                "regression": pair.ratio is not None and pair.ratio.regression,
                 "reason": pair.reason,
             }
             for pair in pairs

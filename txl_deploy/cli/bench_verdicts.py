@@ -37,8 +37,6 @@ def proof_lines(result: BenchResult) -> list[str]:
         lines.append("The timed steps were not compared with a checkpoint: `--checkpoint FILE` does so at every batch size.")
     if result.invalid:
         lines.append(f"INVALID: {len(result.invalid)} of {len(rows)} rows are not to be believed.")
-        reasons = dict.fromkeys((row.batch_size, row.runtime, reason) for row in result.invalid for reason in row.invalid_reasons)
-        lines += [f"  {runtime}, batch size {size}: {reason}" for size, runtime, reason in reasons]
     return lines
 
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from txl_deploy.parity.rollout import ParityResult, streams_to_reset
+from txl_deploy.parity.rollout import ParityResult
+from txl_deploy.parity.schedule import Turn, schedule
 from txl_deploy.parity.tolerances import tolerance_for
 from txl_deploy.runtimes.base import TORCH_TYPES, Runtime
 from txl_deploy.runtimes.eager import EagerRuntime
@@ -148,8 +149,9 @@ def bisect(reference: EagerRuntime, candidate: Runtime, graph: Path, segments: S
     info = candidate.info
     tolerance = tolerance_for(info.dtype, info.head, info.memory_dtype)
     assert tolerance is not None  # the comparison before this needed it too
-    memory = _memory_before(reference, segments, number)
-    segment = segments[number]
+    turns = schedule(segments)
+    memory = _memory_before(reference, turns[: number + 1])
+    segment = turns[number].segment
     memory_type = TORCH_TYPES[info.memory_dtype]
     given = Memory([state.to(memory_type) for state in memory.states], memory.length_B)
     same = Memory([state.float() for state in given.states], memory.length_B)  # what both can represent
@@ -236,13 +238,13 @@ def _by_place(tensors: Sequence[TensorParity]) -> list[PlaceParity]:
 # The reference
 
 
-def _memory_before(reference: EagerRuntime, segments: Sequence[Segment], number: int) -> Memory:
-    batch_size = segments[0].input_ids_BT.shape[0]
-    session = Session(reference, batch_size)
-    for i, segment in enumerate(segments[: number + 1]):
-        session.reset(streams_to_reset(i, batch_size, len(segments)))
-        if i < number:
-            _own_step(session, segment)
+def _memory_before(reference: EagerRuntime, turns: Sequence[Turn]) -> Memory:
+    """Return the memory that the last of `turns` begins with."""
+    session = Session(reference, turns[0].segment.input_ids_BT.shape[0])
+    for turn in turns[:-1]:
+        session.reset(turn.resets)
+        _own_step(session, turn.segment)
+    session.reset(turns[-1].resets)
     return session.memory
 
 

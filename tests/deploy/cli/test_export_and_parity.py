@@ -68,7 +68,7 @@ def test_parity_shows_equivalence_trend_and_distributions_and_draws_them(exports
     pytest.importorskip("matplotlib", reason="needs the extra `report`")
     plot, out = tmp_path / "deep" / "drift.png", tmp_path / "parity.json"
     arguments = ["parity", "--checkpoint", str(exports.checkpoint), "--artifact", str(exports.torchscript)]
-    assert main([*arguments, "--plot", str(plot), "--out", str(out)]) == 0
+    assert main([*arguments, "--batch-size", "2", "--plot", str(plot), "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
     for line in ("trend                  no growth", "distributions          KL", "mean Δnll", "memory error by layer"):

@@ -18,8 +18,9 @@ from txl_deploy.parity.rollout import (
     default_segments,
     random_segments,
     receptive_field_segments,
-    streams_to_reset,
 )
+from txl_deploy.parity.schedule import schedule
+from txl_deploy.parity.tolerances import TOLERANCES
 from txl_deploy.runtimes.base import Runtime, ScoresOutput
 from txl_deploy.runtimes.eager import EagerRuntime
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact
@@ -116,7 +117,8 @@ def test_an_export_passes_over_twice_the_receptive_field_with_streams_reset_at_d
     result = compare(reference, candidate, random_segments(CONFIG, tgt_len=TGT_LEN, n_segments=count))
     assert result.passed, result.reason
     assert result.n_segments == count >= 2 * result.receptive_field_segments
-    assert sorted(b for part in result.segments for b in part.reset_streams) == [1, 2]
+    assert sorted(b for part in result.segments for b in part.reset_streams) == [1, 1, 2], "one starts late, and both start anew"
+    assert [part.live_streams for part in result.segments][:: count - 1] == [[0, 2], [0, 1]], "one starts late, one ends early"
     assert result.perplexity_candidate == pytest.approx(result.perplexity_reference, rel=1e-5)
 
 
@@ -162,7 +164,8 @@ def test_every_word_s_score_as_the_next_one_is_compared(head: HeadKind, config: 
     same = compare(runtime(), runtime(), segments)
     assert same.passed
     assert same.unit == "word"
-    assert (same.n_tokens, same.n_compared) == (7 * 3, 7 * 3 * config.vocab_size)
+    n_tokens = 7 * 3 - 1 - 2  # one stream starts a segment late; one ends in the middle of the last but one
+    assert (same.n_tokens, same.n_compared) == (n_tokens, n_tokens * config.vocab_size)
     wrong = compare(runtime(), OneWordOff(runtime(), word=17, by=1e-2), segments)  # type: ignore[arg-type]
     assert not wrong.passed
     assert wrong.worst_token == {"segment": wrong.worst_token["segment"], "stream": 1, "word": 17}
@@ -174,9 +177,10 @@ def test_the_perplexity_of_next_tokens_is_that_of_the_tokens_that_come() -> None
     runtime = eager()
     last: list[torch.Tensor] = []
     session = Session(runtime, 3)
-    for number, segment in enumerate(segments):
-        session.reset(streams_to_reset(number, 3, len(segments)))
-        last.append(session.step(torch.from_numpy(segment.input_ids_BT), torch.from_numpy(segment.target_ids_BT))[:, -1])
+    for turn in schedule(segments):
+        session.reset(turn.resets)
+        nll_BT = session.step(torch.from_numpy(turn.segment.input_ids_BT), torch.from_numpy(turn.segment.target_ids_BT))
+        last.append(nll_BT[torch.from_numpy(turn.segment.counted_BT[:, -1]), -1])
     other = EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN, head="log_probs")
     result = compare(other, other, segments)
     assert result.perplexity_reference == pytest.approx(math.exp(float(torch.cat(last).double().mean())), rel=1e-5)
@@ -218,15 +222,8 @@ def test_both_sides_say_what_they_compute_in(fp16_onnx: Path) -> None:
 def test_the_receptive_field_grows_with_layers_and_memory() -> None:
     assert receptive_field_segments(CONFIG, TGT_LEN) == math.ceil(2 * 7 / 5)
     assert receptive_field_segments(small_config(mem_len=0), TGT_LEN) == 0
-    assert default_segments(small_config(mem_len=0), TGT_LEN) == 4
-
-
-@pytest.mark.parametrize("n_segments", [4, 6, 40])
-def test_every_stream_but_the_first_is_reset_once_and_not_all_at_once(n_segments: int) -> None:
-    resets = [streams_to_reset(i, 3, n_segments) for i in range(n_segments)]
-    assert sorted(b for at in resets for b in at) == [1, 2]
-    if n_segments >= 6:
-        assert max(len(at) for at in resets) == 1
+    assert default_segments(small_config(mem_len=0), TGT_LEN) == 16, "enough for a trend"
+    assert default_segments(small_config(mem_len=200), TGT_LEN) == 2 * 80
 
 
 def test_random_segments_are_consecutive_and_meet_every_cluster() -> None:
@@ -261,3 +258,95 @@ def test_a_shift_of_all_tokens_is_no_noise_however_few_they_are() -> None:
     shifted = compare(reference, Shifted(reference, 1.1 * mean), segments)
     assert not shifted.passed
     assert shifted.reason.startswith("the mean")
+
+
+def test_the_mean_fails_where_a_larger_difference_than_the_bound_is_not_ruled_out() -> None:
+    segments = random_segments(CONFIG, tgt_len=TGT_LEN, n_segments=24)
+    wide = dataclasses.replace(TOLERANCES["fp16"], token=1.0, rms=2e-2, mean=1e-4)
+    shifts = np.random.default_rng(1).permutation(np.repeat([-0.1, 0.1], 12))
+    count = iter(range(24))
+    uneven = Mutated(eager(), same, lambda nll: nll + float(shifts[next(count)]))
+    result = compare(eager(), uneven, segments, tolerance=wide)
+    assert result.upper_bound_mean_nll > 2 * abs(result.mean_delta_nll)
+    assert abs(result.mean_delta_nll) < result.tolerance.mean_nll < result.upper_bound_mean_nll
+    assert not result.passed
+    assert result.reason.startswith("the mean nll, which differs by")
+
+
+def test_sums_of_the_segments_are_those_of_the_rollout() -> None:
+    result = compare(eager(), Mutated(eager(), same, lambda nll: nll + 1e-6), random_segments(CONFIG, tgt_len=TGT_LEN))
+    ours, theirs = (sum(getattr(part, f"{side}_nll_sum") for part in result.segments) for side in ("reference", "candidate"))
+    assert result.n_compared == sum(part.n_compared for part in result.segments) == result.n_tokens
+    assert math.exp(ours / result.n_tokens) == pytest.approx(result.perplexity_reference)
+    assert theirs - ours == pytest.approx(result.mean_delta_nll * result.n_compared, rel=1e-6)
+
+
+def test_a_fault_in_one_layer_s_memory_is_told_by_layer() -> None:
+    class Tilted:
+        """Yields a memory whose second layer is off by a thousandth, but computes with the faithful one."""
+
+        def __init__(self, inner: EagerRuntime) -> None:
+            self.inner, self.info, self.initial_memory = inner, inner.info, inner.initial_memory
+
+        def step(self, input_ids_BQ: torch.Tensor, target_ids_BT: torch.Tensor, memory: Memory) -> StepOutput:
+            faithful = Memory([state / (1.001 if i >= 2 else 1.0) for i, state in enumerate(memory.states)], memory.length_B)
+            nll_BT, new = self.inner.step(input_ids_BQ, target_ids_BT, faithful)
+            return StepOutput(nll_BT, Memory([state * (1.001 if i >= 2 else 1.0) for i, state in enumerate(new.states)], new.length_B))
+
+    result = compare(eager(), Tilted(eager()), random_segments(CONFIG, tgt_len=TGT_LEN))  # type: ignore[arg-type]
+    first, second = result.memory_error_by_layer
+    assert first < 1e-5
+    assert second == pytest.approx(1e-3, rel=0.01) == result.max_memory_error
+    assert not result.passed
+    assert result.reason.startswith("the memories differ by")
+
+
+class Fouled:
+    """A faithful runtime that leaves rubbish in the memory where nothing is filled, which is never read."""
+
+    def __init__(self, inner: EagerRuntime) -> None:
+        self.inner, self.info = inner, inner.info
+
+    def initial_memory(self, batch_size: int) -> Memory:
+        memory = self.inner.initial_memory(batch_size)
+        return Memory([state + 5.0 for state in memory.states], memory.length_B)
+
+    def step(self, input_ids_BQ: torch.Tensor, target_ids_BT: torch.Tensor, memory: Memory) -> StepOutput:
+        return self.inner.step(input_ids_BQ, target_ids_BT, memory)
+
+
+def test_what_lies_beyond_the_valid_length_is_no_difference() -> None:
+    assert compare(eager(), Fouled(eager()), random_segments(CONFIG, tgt_len=TGT_LEN)).passed  # type: ignore[arg-type]
+
+
+class Growing:
+    """A runtime whose nll strays a little more with every segment, by less than any bound on tokens."""
+
+    def __init__(self, inner: EagerRuntime, by: float) -> None:
+        self.inner, self.info, self.initial_memory = inner, inner.info, inner.initial_memory
+        self.by, self.count, self.noise = by, 0, torch.Generator().manual_seed(0)
+
+    def step(self, input_ids_BQ: torch.Tensor, target_ids_BT: torch.Tensor, memory: Memory) -> StepOutput:
+        nll_BT, new_memory = self.inner.step(input_ids_BQ, target_ids_BT, memory)
+        self.count += 1
+        return StepOutput(nll_BT + self.by * self.count * torch.randn(nll_BT.shape, generator=self.noise), new_memory)
+
+
+def test_a_difference_that_grows_within_every_bound_fails_by_its_trend() -> None:
+    segments = random_segments(CONFIG, tgt_len=TGT_LEN, n_segments=40)
+    growing = compare(eager(), Growing(eager(), 1.2e-7), segments)  # type: ignore[arg-type]
+    assert growing.rms_delta_nll < growing.tolerance.rms_nll
+    assert not growing.passed
+    assert growing.trend.judged
+    assert "grows by" in growing.reason
+    slight = compare(eager(), Growing(eager(), 1e-8), segments)  # type: ignore[arg-type]
+    assert slight.trend.interval is not None
+    assert slight.trend.interval[0] > 0, "it is certain"
+    assert slight.passed, "and does not matter"
+
+
+def test_a_rollout_too_short_for_a_trend_says_so() -> None:
+    result = compare(eager(), eager(), random_segments(CONFIG, tgt_len=TGT_LEN))
+    assert not result.trend.judged
+    assert result.trend.slope_per_segment is None
+    assert "trend not judged: 3 segments with a full memory" in result.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -182,11 +183,20 @@ def test_a_wrong_constant_fails(change: Change) -> None:
 
 
 def test_bounds_are_shares_of_the_reference_s_nll_of_one_nat_at_least() -> None:
-    tolerance = Tolerance(token=1e-3, rms=1e-4, mean=1e-5, memory=1e-2)
-    wide, narrow = tolerance.bounds(largest_nll=20.0, mean_nll=5.0), tolerance.bounds(largest_nll=0.1, mean_nll=0.01)
-    assert (wide.token_nll, wide.rms_nll, wide.mean_nll, wide.memory) == pytest.approx((2e-2, 2e-3, 5e-5, 1e-2))
-    assert (narrow.token_nll, narrow.rms_nll, narrow.mean_nll, narrow.memory) == pytest.approx((1e-3, 1e-4, 1e-5, 1e-2))
+    tolerance = Tolerance(token=1e-3, rms=1e-4, mean=1e-5, memory=1e-2, kl=1e-8, swap=1e-3)
+    wide = tolerance.bounds(largest_nll=20.0, mean_nll=5.0, n_compared=10**12)
+    narrow = tolerance.bounds(largest_nll=0.1, mean_nll=0.01, n_compared=10**12)
+    assert dataclasses.astuple(wide) == pytest.approx((2e-2, 2e-3, 5e-5, 1e-2, 4e-6, 2e-2), rel=1e-3)
+    assert dataclasses.astuple(narrow) == pytest.approx((1e-3, 1e-4, 1e-5, 1e-2, 1e-8, 1e-3), rel=1e-3)
     assert tolerance.mean_bound(math.nan) == tolerance.mean_bound(math.inf) == 1e-5
+
+
+def test_the_bound_on_the_mean_is_wider_for_few_tokens_and_knows_nothing_of_the_differences() -> None:
+    tolerance = TOLERANCES["fp16"]
+    few, many, corpus = (tolerance.bounds(largest_nll=10.0, mean_nll=4.0, n_compared=n).mean_nll for n in (78, 10_000, 280_000))
+    assert few == pytest.approx(6e-4 + 4 * 2.5e-3 / math.sqrt(78))
+    assert few > many > corpus > tolerance.mean_bound(4.0)
+    assert corpus < 1.05 * tolerance.mean_bound(4.0)
 
 
 def test_the_next_token_s_mean_over_all_words_has_its_own_bound_in_fp16_alone() -> None:

@@ -116,4 +116,4 @@ def _roofline_chart(series: Sequence[Series], suffix: str, stamp: str | None) ->
         "What each step reaches, below what the device was measured to do: the slope is its memory's bandwidth, the flat part its "
         "arithmetic. The batch size stands at each point."
     )
-    return plots.draw(f"roofline{suffix}", "Roofline", described, plots_bench.roofline(list(roofs), points), stamp=stamp)
+    return plots.draw(f"roofline{suffix}", "Roofline", described, plots_bench.roofline(list(roofs), points), stamp=stamp, wide=(10.4, 4.2))
