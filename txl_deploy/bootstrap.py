@@ -28,9 +28,9 @@ SEED = 20190109
 MOST_BLOCKS = 500
 """Blocks drawn for one mean at most: longer ones lose nothing where there are so many, and a long series stays cheap."""
 
-SAMPLES_PER_DEGREE = 7.0
+SAMPLES_PER_DEGREE = 4.0
 """Effective samples for one degree of freedom of Student's t, where the series is autocorrelated: its long-run variance is estimated from
-few excursions. A round number that covers, see `benchmarks/interval_coverage.py`."""
+few excursions. A number that covers, by `benchmarks/interval_coverage.py`."""
 
 BIAS = 3.0
 """Share by which autoregressive models fall short of a large design effect d is about BIAS * d / n: they see the series' own mean."""

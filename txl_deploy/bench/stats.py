@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from txl_deploy.bootstrap import SAMPLES_PER_DEGREE, design_effect, is_autocorrelated, mean_interval
+from txl_deploy.bootstrap import design_effect, is_autocorrelated, mean_interval
 from txl_deploy.distributions import beta_cdf, t_quantile
 from txl_train.errors import UsageError
 
@@ -35,6 +35,10 @@ STANDARD_PERCENTILES: tuple[float, ...] = (50, 90, 95, 99)
 
 LEAST_EFFECTIVE_SAMPLES = 30
 """Independent samples that autocorrelated ones must be worth for any interval: with fewer their own correlation is known too badly."""
+
+SAMPLES_PER_DEGREE, EXCURSIONS_PER_DEGREE = 7.5, 1.25
+"""Effective samples, and effective samples beyond the percentile, for one degree of freedom of Student's t, where neighbours resemble each
+other. Numbers that cover, by `benchmarks/interval_coverage.py`."""
 
 WIDER_TAIL = 4
 """The few samples beyond a high percentile cannot tell how they cluster, so as many more beyond a lower one are asked, too."""
@@ -277,7 +281,7 @@ def _independent_worth(x: NDArray[np.float64], p: float, confidence: float) -> t
         for share in (q, 1 - wider if q > 0.5 else wider)
     )
     # The design effect is known as well as excursions of the whole series, and of those beyond the percentile, are many.
-    degrees = 2 / (2 * SAMPLES_PER_DEGREE * effect / n + 2.5 * (effect - 1) / (n * tail))
+    degrees = 1 / (SAMPLES_PER_DEGREE * effect / n + EXCURSIONS_PER_DEGREE * (effect - 1) / (n * tail))
     beyond = (1 + confidence) / 2
     worth = n / effect * (t_quantile(beyond, math.inf) / t_quantile(beyond, max(round(degrees, 1), 3.0))) ** 2
     worth = float(f"{worth:.3g}")  # three digits, so that the ranks of near ones are looked up

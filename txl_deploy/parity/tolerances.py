@@ -14,10 +14,10 @@ SHORT_TEXT = 4.0
 """How much wider the bound on the mean is for few tokens: so many times what differences as large as their bound leave of a mean by chance,
 the bound on the root mean square over the root of the number of tokens.
 
-It was chosen on 638 faithful rollouts of fp16 over 78 tokens, as long as an export's own check: without it 13 fail by the mean, with 3 times
-one does, with 4 none (largest upper bound of |mean|: 0.99 of the bound). Of 638 others, drawn afterwards, 3 fail: 2 by the mean (1.18 of the
-bound at most) and one by a single token. So about 1 faithful export of a tiny fp16 model in 200 is refused by chance. Of 174 over 583
-tokens, drawn afterwards too, none fails (0.88). Over a test split of 280,000 tokens this adds a twentieth to the bound."""
+It was chosen on 638 faithful rollouts of fp16 over 78 tokens, as long as an export's own check: without it 13 fail by the mean, with 3
+times one does, with 4 none (largest upper bound of |mean|: 0.99 of the bound). Of 638 others, drawn afterwards, 3 fail: 2 by the mean
+(1.18 of the bound at most) and one by a single token. So about 1 faithful export of a tiny fp16 model in 200 is refused by chance. Of 174
+over 583 tokens, drawn afterwards too, none fails (0.88). Over a test split of 280,000 tokens this adds a twentieth to the bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
