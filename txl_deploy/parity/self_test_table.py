@@ -86,8 +86,9 @@ def markdown(test: SelfTest, *, command: str = COMMAND) -> str:
     parts = [
         "# Mutations: the mistakes the checks must find",
         f"Written by `{command}`; do not edit. The tests compare it with the code.",
-        "Each row is a mistake that exports of Transformer-XL, or of models like it, were really shipped with, made again on purpose in a "
-        "faithful export. The checks are those that users run. A mistake counts as found if its check fails in every text by at least "
+        "Each row is a mistake that exports of Transformer-XL, or of models like it, were shipped with or may easily have, made again on "
+        "purpose in a faithful export. The checks are those that users run. A mistake counts as found if its check fails in every text by "
+        "at least "
         f"{MARGIN:.0f} times its bound; the figures are those of the text where least was found. *Switched off* is the same way through "
         "without the mistake, which no check may flag: the figure is how near the check then comes to its bound (1).",
         "Made of: " + "; ".join(test.examples) + ".",
