@@ -63,7 +63,7 @@ class Stability:
     drift: float
     """Median of the second half over that of the first, minus 1."""
     drift_interval: tuple[float, float] | None
-    """95 % interval of `drift` by block bootstrap; None from too few samples."""
+    """95 % interval of `drift`, from the intervals of the two medians; None from too few samples."""
     outliers: int
     """Samples further above the median than 10 times the median absolute deviation (and above 1.5 times the median)."""
     effective_n: float

@@ -341,9 +341,8 @@ def _run(job: _Job, device: str, world: World, verdicts: Verdicts, stack: contex
     if job.checkpoint is not None:
         for group in groups:
             leader = group[0].runtime.info
-            for name in job.runtimes:
-                if (name, job.dtype) != ("pytorch", "fp32"):  # eager in fp32 leads the group already
-                    group.insert(1, open_in(job.checkpoint, name, job.dtype, leader, job.threads, stack))
+            wanted = [name for name in job.runtimes if (name, job.dtype) != ("pytorch", "fp32")]  # which leads the group already
+            group[1:1] = [open_in(job.checkpoint, name, job.dtype, leader, job.threads, stack) for name in wanted]
     verdicts.check_plan(groups)
     infos = [contender.runtime.info for group in groups for contender in group]
     sizes = job.sizes

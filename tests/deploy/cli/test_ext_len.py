@@ -25,7 +25,9 @@ def test_an_artifact_with_extension_is_evaluated_proved_and_measured(
     assert abs(losses[0] - losses[2]) > 1e-4
     assert main(["parity", "--checkpoint", checkpoint, "--artifact", artifact]) == 0
     assert "PASSED" in capsys.readouterr().out
-    quick = ["--batch-sizes", "2", "--duration", "0.05", "--max-duration", "0.1", "--min-samples", "3", "--json"]
+    quick = ["--batch-sizes", "2", "--duration", "0.05", "--max-duration", "0.1", "--min-samples", "3", "--accept-invalid", "--json"]
+    assert main(["eval", "--checkpoint", checkpoint, "--artifact", artifact, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["receipt"]["passed"] is True
     assert main(["bench", "--checkpoint", checkpoint, "--artifact", artifact, *quick]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 2
