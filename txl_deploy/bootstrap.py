@@ -171,7 +171,10 @@ def mean_interval(
 def abs_mean_bound(numerators: Values, denominators: Values | None = None, *, confidence: float = 0.95) -> float:
     """Return the value that |mean| stays below with `confidence`: the bound of a test of equivalence (Schuirmann 1987).
 
-    By two one-sided tests: it is the further end of the interval of 2 * confidence - 1.
+    By two one-sided tests: it is the further end of the interval of 2 * confidence - 1. One value alone says nothing of how they
+    scatter: infinite.
     """
+    if len(numerators) < 2:
+        return math.inf
     low, high = mean_interval(numerators, denominators, confidence=2 * confidence - 1)
     return max(abs(low), abs(high))

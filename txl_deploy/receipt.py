@@ -7,9 +7,11 @@ computes them again. Scoring is done elsewhere (`scoring`); what to do without a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from txl_deploy.manifest import Manifest
 from txl_deploy.parity.tolerances import tolerance_for
 from txl_train import metrics
 from txl_train.errors import ArtifactError, ValidationError
-from txl_train.files import file_sha256, whole_or_absent
+from txl_train.files import file_sha256, finite, whole_or_absent
 
 if TYPE_CHECKING:
     from txl_deploy.runtimes.base import RuntimeInfo
@@ -29,6 +31,9 @@ SCHEMA = "txl.receipt"
 SCHEMA_VERSION = 1
 CONFIDENCE = 0.95
 """Of the intervals, and of the bound on the mean difference."""
+
+COMPUTING = ("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx")
+"""Packages of which another version may compute something else."""
 
 _REMEDY = "Make it again with `txl eval --artifact DIR --checkpoint FILE`."
 
@@ -189,7 +194,7 @@ class Receipt:
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("segments", "lengths")}
         named = {} if file is None else {"file": file.name, "receipt_sha256": file_sha256(file)}
         low, high = self.perplexity_interval
-        return {
+        document: dict[str, Any] = {
             **plain,
             **dataclasses.asdict(self.lengths),
             "n_segments": len(self.segments.n_tokens),
@@ -206,6 +211,8 @@ class Receipt:
             "reason": verdict.reason,
             **named,
         }
+        finite_document: dict[str, Any] = finite(document)
+        return finite_document
 
     def write(self, path: Path) -> None:
         """Write it, whole or not at all. EnvironmentUnfitError where it cannot be written."""
@@ -264,7 +271,7 @@ def find_checkpoint(directory: Path, manifest: Manifest) -> Path | None:
     return None
 
 
-def examine(directory: Path, manifest_sha256: str) -> list[tuple[str, bool | None, str]]:
+def examine(directory: Path, manifest: Manifest, manifest_sha256: str) -> list[tuple[str, bool | None, str]]:
     """Return of each receipt in an artifact's folder its name, whether it is a proof of this artifact, and what it says in one clause.
 
     None where nothing was compared, so that it neither proves nor disproves.
@@ -278,8 +285,20 @@ def examine(directory: Path, manifest_sha256: str) -> list[tuple[str, bool | Non
             continue
         verdict = receipt.verdict()
         about = f"perplexity {receipt.perplexity:.6g} on {receipt.n_tokens:,} tokens of {receipt.dataset} {receipt.split}"
+        settings = manifest.settings
+        pairs: tuple[tuple[object, object], ...] = (
+            (receipt.runtime, manifest.format),
+            (receipt.dtype, settings.dtype),
+            (receipt.memory, settings.memory),
+            (receipt.memory_dtype, settings.memory_dtype),
+            (receipt.checkpoint_sha256, manifest.source.checkpoint_sha256),
+            (receipt.vocabulary_sha256, manifest.vocabulary_sha256),
+            ((receipt.lengths.tgt_len, receipt.lengths.mem_len), (settings.tgt_len, settings.mem_len)),
+        )
         if receipt.manifest_sha256 != manifest_sha256:
             found.append((path.name, False, "is stale: it is of another artifact"))
+        elif any(claimed != actual for claimed, actual in pairs):
+            found.append((path.name, False, "is not of what the manifest describes"))
         else:
             compared = receipt.segments.reference_nll_nats is not None
             found.append((path.name, verdict.passed if compared else None, f"{about}: {verdict.reason}"))
@@ -287,15 +306,25 @@ def examine(directory: Path, manifest_sha256: str) -> list[tuple[str, bool | Non
 
 
 def require_receipt(
-    directory: Path, info: RuntimeInfo, *, split: str, corpus_sha256: str, vocabulary_sha256: str, path: Path | None = None
+    directory: Path,
+    info: RuntimeInfo,
+    *,
+    dataset: str,
+    split: str,
+    corpus_sha256: str,
+    n_tokens: int,
+    vocabulary_sha256: str,
+    path: Path | None = None,
 ) -> tuple[Receipt, Path]:
     """Return the receipt that proves the artifact in `directory` for this text, and its file.
 
     Args:
         directory: the artifact, whose files were checked against its manifest.
         info: of the artifact, opened now: its checksums are those of what is here, not of what the receipt says.
-        split: of the text that is to be measured on.
+        dataset: by whose rules the text that is to be measured on became tokens.
+        split: of that text.
         corpus_sha256: of that text.
+        n_tokens: that it has.
         vocabulary_sha256: of the artifact's vocabulary.
         path: the receipt; None means `receipt_name(split)` in the folder.
 
@@ -315,12 +344,15 @@ def require_receipt(
         ("for other lengths", receipt.lengths, Lengths.of(info)),
         ("of another split", receipt.split, split),
         ("of another text (sha256)", receipt.corpus_sha256, corpus_sha256),
+        ("of another text (data set, tokens)", (receipt.dataset, receipt.n_tokens_in_text), (dataset, n_tokens)),
         ("of another vocabulary (sha256)", receipt.vocabulary_sha256, vocabulary_sha256),
         ("of another checkpoint (sha256)", receipt.checkpoint_sha256, info.checkpoint_sha256),
         ("of another artifact: it is stale (sha256 of the manifest)", receipt.manifest_sha256, info.manifest_sha256),
         ("of another runtime", receipt.runtime, info.name),
         ("of another precision", (receipt.dtype, receipt.memory_dtype, receipt.memory), (info.dtype, info.memory_dtype, info.memory)),
         ("of another provider", (receipt.provider, receipt.compute), (info.provider, info.compute)),
+        ("of another device", receipt.device, info.device.partition(":")[0]),
+        ("of other versions", _versions_that_compute(receipt.versions), _versions_that_compute(versions())),
     )
     for what, recorded, actual in compared:
         if recorded != actual:
@@ -329,6 +361,19 @@ def require_receipt(
     if not verdict.passed:
         raise ValidationError(f"The receipt {file} proves nothing: {verdict.reason}.", remedy=remedy)
     return receipt, file
+
+
+def versions() -> dict[str, str]:
+    """Return the version of each package that may take part in computing, by name, of those that are installed."""
+    found = {}
+    for package in ("txl", *COMPUTING, "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _versions_that_compute(found: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"{package} {found[package]}" for package in COMPUTING if package in found)
 
 
 def _told(value: object) -> str:

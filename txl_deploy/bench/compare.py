@@ -22,6 +22,9 @@ from txl_train.errors import UsageError, ValidationError
 
 Verdict = Literal["faster", "slower", "no difference"]
 
+SCHEMA, SCHEMA_VERSION = "txl.benchmark_comparison", 1
+"""Of the document that `txl bench compare --out` writes."""
+
 LEAST_TURNS = 8
 """Turns that a paired comparison needs: the spread between fewer is known too badly."""
 
@@ -68,13 +71,23 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two rows of the same thing, an old and a new one, and how they compare."""
+    """Two rows of the same thing, an old and a new one, and how they compare; one of them is None where only one file has it."""
 
-    old: Row
-    new: Row
+    old: Row | None
+    new: Row | None
     ratio: Ratio | None
     reason: str = ""
     """Why there is no ratio."""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows there are, at least one, the old one first."""
+        return tuple(row for row in (self.old, self.new) if row is not None)
+
+    @property
+    def is_alone(self) -> bool:
+        """True for a row that only one file has."""
+        return self.old is None or self.new is None
 
 
 def compare_paired(a: Row, b: Row, *, p: float | None = 50, max_regression: float = MAX_REGRESSION) -> Ratio:
@@ -165,8 +178,15 @@ def match(old: BenchResult, new: BenchResult, *, across_machines: bool = False) 
 def compare_results(
     old: BenchResult, new: BenchResult, *, p: float | None = 50, max_regression: float = MAX_REGRESSION, across_machines: bool = False
 ) -> list[Pair]:
-    """Compare all that two files have in common. Errors as `match`; rows that are not to be believed get a reason instead of a ratio."""
-    return [_compared(a, b, p, max_regression) for a, b in match(old, new, across_machines=across_machines)]
+    """Compare all that two files have in common, then list what only one of them has.
+
+    Errors as `match`; rows that are not to be believed, or that have no partner, get a reason instead of a ratio.
+    """
+    found = match(old, new, across_machines=across_machines)
+    pairs = [_compared(a, b, p, max_regression) for a, b in found]
+    matched = {id(row) for pair in found for row in pair}
+    pairs += [Pair(row, None, None, "only the old file has it") for row in old.rows if id(row) not in matched]
+    return pairs + [Pair(None, row, None, "only the new file has it") for row in new.rows if id(row) not in matched]
 
 
 def _compared(a: Row, b: Row, p: float | None, max_regression: float) -> Pair:

@@ -104,7 +104,7 @@ class BenchSettings:
     duration_s: float = 10.0
     """Timed seconds that the slowest runtime gets at each batch size, as estimated in its warm-up."""
     min_duration_s: float = 3.0
-    """From a row's first timed step to its last, seconds, or `duration_s` where that is less: a shorter row is invalid."""
+    """From a row's first timed step to its last, seconds, the turns of others included: a shorter row is invalid."""
     min_samples: int = 662
     """Timed steps at least; 662 is what a p99 needs (`stats.minimum_samples`)."""
     max_samples: int = 20000
@@ -205,7 +205,9 @@ def measure(
         devices = {lane.runtime.info.device for lane in lanes}
         beside = _of_all([float(lanes[0].runtime.info.device.partition(":")[2] or 0)], world)[:, 0]
         sharing = int((beside == beside[world.rank]).sum())
-        reasons += disturbances(before, after, own_cpu_s=own_cpu_s, devices=devices, processes_per_gpu=sharing)
+        disturbed = disturbances(before, after, own_cpu_s=own_cpu_s, devices=devices, processes_per_gpu=sharing)
+        elsewhere = bool(_of_all([float(len(disturbed))], world)[:, 0].any()) and not disturbed
+        reasons += [*disturbed, *(["the device or the machine of another process was disturbed"] if elsewhere else [])]
     if fill_steps > workload.steps_per_pass:
         period = f"{workload.steps_per_pass} steps" if workload.steps_per_pass > 1 else "step"
         reasons.append(f"the text starts anew every {period}, before a memory of {fill_steps} segments is full")
@@ -355,10 +357,9 @@ class _Lane:
         seconds, n_tokens = math.fsum(samples) / 1e3, int(counts.sum())
         mean_nll = math.fsum(sums) / n_tokens if n_tokens and np.isfinite(sums).all() else math.nan
         ppl = perplexity(mean_nll)
-        wrong, note = None, None
-        if self.contender.expected is not None:
-            wrong, note = self.contender.expected.compare(self.workload, self._numbers, counts, sums)
-        self._reasons = [wrong] if wrong else []
+        expected = self.contender.expected
+        compared = None if expected is None else expected.compare(self.workload, self._numbers, counts, sums)
+        self._reasons = [compared.told] if compared is not None and compared.agrees is False else []
         latency = LatencySummary.of(samples, (*STANDARD_PERCENTILES, *self.settings.percentiles))
         return Row(
             runtime=info.name,
@@ -373,6 +374,8 @@ class _Lane:
             mem_len=info.mem_len,
             clamp_len=info.config.clamp_len,
             same_length=info.config.same_length,
+            ext_len=info.config.ext_len,
+            same_length_rule=info.config.same_length_rule,
             boundary=self.settings.boundary,
             latency=latency,
             samples_ms=samples,
@@ -381,14 +384,14 @@ class _Lane:
             nll_nats_per_token=mean_nll if math.isfinite(mean_nll) else None,
             perplexity=ppl if math.isfinite(ppl) else None,
             is_reference=self.contender.is_reference,
-            verified=False if wrong else None,
+            verified=None if compared is None else compared.agrees,
             artifact=ArtifactName(Path(info.origin).name, info.manifest_sha256) if info.manifest_sha256 else None,
             checkpoint_sha256=info.checkpoint_sha256,
-            notes=(note,) if note else (),
+            notes=() if compared is None or compared.agrees is False else (compared.told,),
             processes=self.world.size,
             block_sizes=tuple(blocks),
             stability=stability(samples, self.warmup_ms),
-            enqueue_ms_p50=statistics.median(enqueue_ms.tolist()) if _returns_early(info.device) else None,
+            enqueue_ms_p50=statistics.median(enqueue_ms.tolist()) if info.returns_early else None,
         )
 
     def energy(self, meter: EnergyMeter | None) -> Energy | None:
@@ -422,9 +425,11 @@ class _Lane:
             row.stability,
             percentiles=settings.percentiles,
             duration_s=float(span_s),
-            min_duration_s=min(settings.min_duration_s, settings.duration_s),
+            min_duration_s=settings.min_duration_s,
         )
         wrong = wrong_model(row)
+        if row.verified is None and self.contender.proof is not None and self.contender.proof.kind == "receipt":
+            wrong = "the timed steps were compared with nothing: give the checkpoint, or a receipt of this batch size"
         every = (*self._reasons, *([wrong] if wrong else ()), *found, *reasons)
         return dataclasses.replace(row, valid=not every, invalid_reasons=every, proof=proof_of(row, self.contender.proof))
 
@@ -435,8 +440,3 @@ def _joules(meter: EnergyMeter) -> float:
         return meter.read_joules()
     except OSError:
         return math.nan
-
-
-def _returns_early(device: str) -> bool:
-    """Return whether a step's call may return before the device has done it."""
-    return device.startswith("cuda")

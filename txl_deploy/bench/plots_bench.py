@@ -126,7 +126,8 @@ def distributions(lines: Sequence[Line]) -> plots.Paint:
             for i, line in enumerate(lines):
                 for point in (p for p in line.points if p.batch_size == size and p.samples_ms):
                     ordered = sorted(point.samples_ms)
-                    beyond = [1 - rank / len(ordered) for rank in range(len(ordered))]
+                    counts = sorted({round(len(ordered) ** (j / 249)) for j in range(250)}, reverse=True)  # even on this scale
+                    ordered, beyond = [ordered[-m] for m in counts], [m / len(ordered) for m in counts]
                     style = "-" if point.is_valid else (0, (2, 2))
                     axes.step(ordered, beyond, where="post", color=theme.series[i % len(theme.series)], linewidth=1.6, linestyle=style)
             axes.set_yticks([0.5, 0.1, 0.05, 0.01], ["50", "90", "95", "99"])

@@ -148,6 +148,10 @@ class Row:
     memory_dtype: str = "fp32"
     """Type of the states; older results, which do not say it, were all of fp32."""
     notes: tuple[str, ...] = ()
+    ext_len: int = 0
+    """Tokens before each segment that are read once more."""
+    same_length_rule: str = ""
+    """How many keys `same_length` means; empty in older results."""
     processes: int = 1
     """Processes that share the streams, each with a device of its own; a step then lasts until the last of them is done."""
     block_sizes: tuple[int, ...] = ()
@@ -164,9 +168,9 @@ class Row:
     roofline: Roofline | None = None
 
     @property
-    def lengths(self) -> tuple[int, int, int | None, bool]:
+    def lengths(self) -> tuple[int | bool | str | None, ...]:
         """All lengths that change what is computed; only rows with the same ones have comparable perplexities."""
-        return (self.tgt_len, self.mem_len, self.clamp_len, self.same_length)
+        return (self.tgt_len, self.mem_len, self.ext_len, self.clamp_len, self.same_length, self.same_length_rule)
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -179,7 +183,7 @@ class Row:
         row: dict[str, Any] = {name: getattr(self, name) for name in (*_TEXTS, *_COUNTS, "clamp_len", "same_length")}
         row |= self.latency.to_row()
         row |= {name: getattr(self, name) for name in ("tokens_per_s", *_MAYBE_NUMBERS, "is_reference", "verified", "checkpoint_sha256")}
-        row |= {"memory_dtype": self.memory_dtype, "compute": self.compute}
+        row |= {name: getattr(self, name) for name in ("memory_dtype", "compute", "ext_len", "same_length_rule")}
         row["artifact"] = None if self.artifact is None else vars(self.artifact)
         row |= {"processes": self.processes, "valid": self.valid, "invalid_reasons": list(self.invalid_reasons)}
         row |= {name: None if (part := getattr(self, name)) is None else dict(vars(part)) for name in _PARTS}
@@ -189,7 +193,7 @@ class Row:
         return row
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], percentiles: Sequence[float]) -> Row:
+    def from_dict(cls, values: Mapping[str, Any], percentiles: Sequence[float], version: int = SCHEMA_VERSION) -> Row:
         """Read a row back. KeyError, TypeError or ValueError if it is not one, or its summary does not follow from its samples."""
         samples = tuple(_number(s) for s in values["samples_ms"])
         latency = LatencySummary.of(samples, percentiles)
@@ -205,6 +209,8 @@ class Row:
             **plain,
             compute=_text(values.get("compute", "")),
             memory_dtype=_text(values.get("memory_dtype", "fp32")),
+            ext_len=_count(values.get("ext_len", 0)),
+            same_length_rule=_text(values.get("same_length_rule", "")),
             clamp_len=None if values["clamp_len"] is None else _count(values["clamp_len"]),
             same_length=_truth(values["same_length"]),
             latency=latency,
@@ -215,7 +221,7 @@ class Row:
             artifact=None if artifact is None else _artifact(artifact),
             checkpoint_sha256=None if values["checkpoint_sha256"] is None else _text(values["checkpoint_sha256"]),
             notes=own_notes,
-            **({} if "valid" not in values else _of_version_2(values, len(samples))),
+            **({} if version < 2 else _of_version_2(values, len(samples))),
         )
         seconds = math.fsum(samples) / 1e3
         if not math.isclose(row.tokens_per_s * seconds, row.n_tokens, rel_tol=1e-6):
@@ -223,6 +229,8 @@ class Row:
         mean_nll = math.nan if row.nll_nats_per_token is None else row.nll_nats_per_token
         if row.perplexity is not None and not math.isclose(math.log(row.perplexity), mean_nll, rel_tol=1e-9, abs_tol=1e-9):
             raise ValueError(f"`perplexity` is {row.perplexity}, but `nll_nats_per_token` {row.nll_nats_per_token}")
+        if row.verified and row.perplexity_rel_diff is not None and not abs(row.perplexity_rel_diff) <= (row.tolerance or 0.0):
+            raise ValueError(f"`verified` is true, but the perplexity is {row.perplexity_rel_diff} away (tolerance {row.tolerance})")
         return row
 
 
@@ -305,7 +313,7 @@ class BenchResult:
             document = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise ArtifactError(f"There is no result file {path}.", remedy="Make one with `txl bench --out FILE`.") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"The result file {path} cannot be read: {error}.", remedy=remedy) from error
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
             raise ArtifactError(f"{path} is no result of `txl bench`.", remedy=remedy)
@@ -316,17 +324,22 @@ class BenchResult:
             )
         try:
             percentiles = tuple(_number(p) for p in document["percentiles"])
+            version = document["schema_version"]
+            rows = tuple(Row.from_dict(row, percentiles, version) for row in document["rows"])
+            unvalidated = _truth(document["unvalidated"]) if version > 1 else False
+            if not unvalidated and any(row.proof is not None and row.proof.kind == "none" for row in rows):
+                raise ValueError("`unvalidated` is false, but there are rows without proof")
             return cls(
-                rows=tuple(Row.from_dict(row, percentiles) for row in document["rows"]),
+                rows=rows,
                 command=_text(document["command"]),
                 percentiles=percentiles,
                 **{name: dict(document[name]) for name in ("settings", "workload", "environment")},
                 environment_after=dict(document.get("environment_after", {})),
                 receipts=tuple(dict(receipt) for receipt in document.get("receipts", ())),
                 comparisons=tuple(dict(comparison) for comparison in document.get("comparisons", ())),
-                unvalidated=_truth(document.get("unvalidated", False)),
+                unvalidated=unvalidated,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ArtifactError(f"The result file {path} is damaged: {reason}.", remedy=remedy) from error
 

@@ -40,6 +40,9 @@ STEADY_WINDOWS, STEADY_WINDOW = 3, 3
 STEADY_CHANGE = 0.05
 """A smaller change of the median from the first of these windows to the last is steady: as much as drift may be afterwards."""
 
+STEADY_SWING = 0.5
+"""Medians that rise and fall are steady too, if the largest is above the smallest by no more than this share: noise, not another mode."""
+
 STEADY_NOISE = 3.0
 """So is one of fewer standard errors than this: then the medians differ by what single steps scatter."""
 
@@ -80,8 +83,8 @@ def outliers(samples_ms: Samples) -> int:
 def is_steady(warmup_ms: Sequence[float]) -> bool:
     """Return whether the steps of a warm-up, in the order run, no longer become faster or slower.
 
-    The last half of them is cut into windows. They are steady if their medians rise and fall, or all but stay: the last is within
-    STEADY_CHANGE of the first, or within what single steps scatter. Fewer than nine steps are never steady.
+    The last half of them is cut into windows. They are steady if their medians rise and fall a little (STEADY_SWING), or all but stay:
+    the last is within STEADY_CHANGE of the first, or within what single steps scatter. Fewer than nine steps are never steady.
     """
     window = max(STEADY_WINDOW, len(warmup_ms) // (2 * STEADY_WINDOWS))
     if len(warmup_ms) < STEADY_WINDOWS * window:
@@ -90,7 +93,8 @@ def is_steady(warmup_ms: Sequence[float]) -> bool:
     medians = np.median(last, axis=1)
     change = float(medians[-1] - medians[0])
     steps = np.diff(medians)
-    if abs(change) <= STEADY_CHANGE * float(medians[0]) or (steps.min() < 0 < steps.max()):
+    swings = steps.min() < 0 < steps.max() and float(np.ptp(medians)) <= STEADY_SWING * float(medians.min())
+    if swings or (abs(change) <= STEADY_CHANGE * float(medians[0]) and not steps.min() < 0 < steps.max()):
         return True
     deviation = 1.4826 * float(np.median(np.abs(last - medians[:, None])))  # of a normal distribution, by the median absolute deviation
     error_of_median = deviation * math.sqrt(math.pi / 2 / window)

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from txl_deploy.bench.workload import Workload
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What came of comparing timed steps with a receipt."""
+
+    agrees: bool | None
+    """None where nothing could be compared."""
+    told: str
+    """One clause: what is wrong, how near it was, or why nothing was compared."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpectedNll:
     """What an artifact scored when its receipt was written, segment by segment from a cold start.
@@ -43,29 +53,26 @@ class ExpectedNll:
         if len(self.n_tokens) != len(self.nll_nats):
             raise ValueError(f"{len(self.n_tokens)} segments have tokens, but {len(self.nll_nats)} a nll")
 
-    def compare(
-        self, workload: Workload, steps: Sequence[int], n_tokens: NDArray[np.float64], nll_nats: NDArray[np.float64]
-    ) -> tuple[str | None, str | None]:
-        """Compare timed steps, by their numbers from the cold start on, with the segments that they read.
-
-        Returns:
-            (what is wrong, None), or (None, what was found or why nothing was compared).
-        """
+    def compare(self, workload: Workload, steps: Sequence[int], n_tokens: NDArray[np.float64], nll_nats: NDArray[np.float64]) -> Compared:
+        """Compare timed steps, by their numbers from the cold start on, with the segments that they read."""
         if (workload.batch_size, workload.tgt_len) != (self.batch_size, self.tgt_len):
-            return None, f"not compared step by step with the receipt, which is of batch size {self.batch_size}, segments of {self.tgt_len}"
+            return Compared(
+                None, f"not compared step by step with the receipt, which is of batch size {self.batch_size}, segments of {self.tgt_len}"
+            )
         segments = np.asarray(steps, dtype=np.int64) % workload.steps_per_pass
         known = segments < len(self.n_tokens)
         if not known.any():
-            return None, "not compared step by step with the receipt, which ends before the first timed segment"
+            return Compared(None, "not compared step by step with the receipt, which ends before the first timed segment")
         segments, counts, sums = segments[known], n_tokens[known], nll_nats[known]
         if (counts != np.asarray(self.n_tokens)[segments]).any():
-            return "the timed steps count other tokens than the segments of the receipt", None
+            return Compared(False, "the timed steps count other tokens than the segments of the receipt")
         off = np.abs(sums - np.asarray(self.nll_nats)[segments]) / np.maximum(counts, 1)
         worst = int(np.argmax(np.where(np.isfinite(off), off, np.inf)))
         if not off[worst] <= self.bound:
             by = f"{off[worst]:.1e} nats per token" if math.isfinite(off[worst]) else "no finite number"
-            return f"the nll of timed steps is not the receipt's: segment {segments[worst]} is off by {by} (bound {self.bound:.0e})", None
-        return None, f"the nll of {len(segments)} timed steps is the receipt's within {off[worst]:.1e} nats per token"
+            told = f"the nll of timed steps is not the receipt's: segment {segments[worst]} is off by {by} (bound {self.bound:.0e})"
+            return Compared(False, told)
+        return Compared(True, f"the nll of {len(segments)} timed steps is the receipt's within {off[worst]:.1e} nats per token")
 
 
 def verify(rows: Sequence[Row]) -> list[Row]:

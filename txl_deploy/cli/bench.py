@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from txl_deploy.bench.workload import Workload
     from txl_deploy.manifest import Dtype
     from txl_deploy.opening import Lengths
+    from txl_deploy.runtimes.base import RuntimeInfo
     from txl_train.config import MemoryKind
     from txl_train.distributed import World
 
@@ -319,7 +320,8 @@ def _device(job: _Job, world: World) -> str:
     from txl_deploy.manifest import read_manifest
     from txl_deploy.runtimes.registry import resolve_device
 
-    return device_of(world, resolve_device(job.device, [read_manifest(path).format for path in job.artifacts]))
+    formats = [read_manifest(path).format for path in job.artifacts]
+    return device_of(world, resolve_device(job.device, [*formats, *(job.runtimes if job.checkpoint is not None else [])]))
 
 
 def _run(job: _Job, device: str, world: World, verdicts: Verdicts, stack: contextlib.ExitStack) -> BenchResult:
@@ -343,13 +345,14 @@ def _run(job: _Job, device: str, world: World, verdicts: Verdicts, stack: contex
             leader = group[0].runtime.info
             wanted = [name for name in job.runtimes if (name, job.dtype) != ("pytorch", "fp32")]  # which leads the group already
             group[1:1] = [open_in(job.checkpoint, name, job.dtype, leader, job.threads, stack) for name in wanted]
-    verdicts.check_plan(groups)
+    verdicts.check_plan(groups, settings)
     infos = [contender.runtime.info for group in groups for contender in group]
     sizes = job.sizes
     if job.sizes_are_free:
         low = max(info.min_batch for info in infos) * world.size
         high = min((info.max_batch * world.size for info in infos if info.max_batch is not None), default=max(sizes))
         sizes = tuple(size for size in sizes if low <= size <= high and size % world.size == 0) or (low,)
+    _check_sizes(sizes, infos, world)
     ids, dataset = corpus.ids(job.split), corpus.spec.name
     plan = [
         (group, Workload(ids_N=ids, batch_size=size, tgt_len=info.tgt_len, ext_len=info.config.ext_len, dataset=dataset, split=job.split))
@@ -376,6 +379,19 @@ def _run(job: _Job, device: str, world: World, verdicts: Verdicts, stack: contex
         receipts=tuple(proofs.summaries),
         unvalidated=proofs.is_any_missing,
     )
+
+
+def _check_sizes(sizes: Sequence[int], infos: Sequence[RuntimeInfo], world: World) -> None:
+    """Refuse now what would be refused after minutes of measuring: a batch size that a runtime does not take. UsageError."""
+    for size in sizes:
+        world.share(size)
+        for info in infos:
+            if not info.min_batch <= size // world.size <= (info.max_batch or size):
+                allowed = f"{info.min_batch * world.size} to {(info.max_batch or size) * world.size}"
+                raise UsageError(
+                    f"{info.origin or info.name} takes batch sizes of {allowed}, but {size} was asked for.",
+                    remedy="Leave out `--batch-sizes`, which then are those that all take, or export again.",
+                )
 
 
 def _with_parent(row: Row, parents: Mapping[str, str]) -> Row:

@@ -67,7 +67,7 @@ def open_contenders(
     from txl_deploy.opening import open_exported
     from txl_deploy.runtimes.registry import eager_from_checkpoint
 
-    opened = [open_exported(path, lengths=lengths, head="nll", device=device, threads=threads) for path in artifacts]
+    opened = [open_exported(path, lengths=lengths, memory=memory, head="nll", device=device, threads=threads) for path in artifacts]
     for path, other in zip(artifacts, opened):
         if other.model_data.vocabulary.sha256 != opened[0].model_data.vocabulary.sha256:
             raise UsageError(
@@ -159,8 +159,10 @@ def prove(
             receipt, file = require_receipt(
                 directory,
                 info,
+                dataset=corpus.spec.name,
                 split=split,
                 corpus_sha256=corpus_sha256,
+                n_tokens=len(corpus.ids(split)),
                 vocabulary_sha256=manifest.vocabulary_sha256,
                 path=given.get(info.manifest_sha256),
             )

@@ -11,7 +11,7 @@ from txl_train.errors import UsageError, ValidationError
 
 if TYPE_CHECKING:
     from txl_deploy.bench.compare import Ratio
-    from txl_deploy.bench.harness import Contender
+    from txl_deploy.bench.harness import BenchSettings, Contender
     from txl_deploy.bench.result import BenchResult, Row
 
 
@@ -29,12 +29,14 @@ def proof_lines(result: BenchResult) -> list[str]:
     checked = [row for row in rows if row.verified is not None]
     if result.failed:
         lines.append(f"FAILED: {len(result.failed)} of {len(rows)} rows are of a model that computes something else than its checkpoint.")
+    elif checked and len(checked) == len(rows) and not any(row.is_reference for row in rows):
+        lines.append("Verified: the nll of every row's timed steps is that of its receipt, segment by segment.")
     elif checked and len(checked) == len(rows):
         largest = max(abs(row.perplexity_rel_diff or 0.0) for row in rows)
         bound = max(row.tolerance or 0.0 for row in rows)
         lines.append(f"Verified: the perplexity of every row's timed steps is the checkpoint's within {largest:.1e} (bound {bound:.0e}).")
     else:
-        lines.append("The timed steps were not compared with a checkpoint: `--checkpoint FILE` does so at every batch size.")
+        lines.append("Not all timed steps were compared with a checkpoint or a receipt: `--checkpoint FILE` does so at every batch size.")
     if result.invalid:
         lines.append(f"INVALID: {len(result.invalid)} of {len(rows)} rows are not to be believed.")
     return lines
@@ -52,15 +54,20 @@ class Verdicts:
     max_regression: float | None
     """Share that the second of two may be slower; None: they are not compared."""
 
-    def check_plan(self, groups: Sequence[Sequence[Contender]]) -> None:
+    def check_plan(self, groups: Sequence[Sequence[Contender]], settings: BenchSettings) -> None:
         """Refuse before measuring what could not be compared. UsageError."""
+        from txl_deploy.bench.compare import LEAST_TURNS
+
         if self.max_regression is None:
             return
-        if len(groups) != 1 or len(groups[0]) != 2:
+        if settings.min_samples < LEAST_TURNS:
+            raise UsageError(f"`--ab` needs {LEAST_TURNS} turns, so `--min-samples` must be {LEAST_TURNS} or more.")
+        others = [contender for contender in groups[0] if not contender.is_reference]
+        if len(groups) != 1 or (len(groups[0]) != 2 and len(others) != 2):
             names = ", ".join(contender.runtime.info.origin or contender.runtime.info.name for group in groups for contender in group)
             raise UsageError(
                 f"`--ab` compares two of equal lengths, but this measures {names}.",
-                remedy="Give two artifacts, or one and its checkpoint.",
+                remedy="Give two artifacts, or one and its checkpoint; with two, the checkpoint is what both are checked against.",
             )
 
     def ratios(self, result: BenchResult) -> list[tuple[int, Ratio]]:
@@ -70,7 +77,7 @@ class Verdicts:
         if self.max_regression is None:
             return []
         sizes = list(dict.fromkeys(row.batch_size for row in result.rows))
-        pairs = [[row for row in result.rows if row.batch_size == size] for size in sizes]
+        pairs = [_two([row for row in result.rows if row.batch_size == size]) for size in sizes]
         return [(size, compare_paired(first, second, max_regression=self.max_regression)) for size, (first, second) in zip(sizes, pairs)]
 
     def compared(self, result: BenchResult) -> BenchResult:
@@ -83,7 +90,7 @@ class Verdicts:
         ratios = self.ratios(result)
         if not ratios:
             return []
-        first, second = result.rows[0], result.rows[1]
+        first, second = _two([row for row in result.rows if row.batch_size == result.rows[0].batch_size])
         lines = [f"Median latency of {_name(second)} over {_name(first)}, pairs of turns, 95 % intervals:"]
         for size, ratio in ratios:
             low, high = ratio.interval_95
@@ -96,8 +103,9 @@ class Verdicts:
         regressions = [(size, ratio) for size, ratio in self.ratios(result) if ratio.regression]
         if regressions:
             size, ratio = regressions[0]
+            first, second = _two([row for row in result.rows if row.batch_size == size])
             raise ValidationError(
-                f"{_name(result.rows[1])} is {ratio.ratio - 1:.1%} slower than {_name(result.rows[0])} at batch size {size}, beyond "
+                f"{_name(second)} is {ratio.ratio - 1:.1%} slower than {_name(first)} at batch size {size}, beyond "
                 f"{ratio.max_regression:.1%} by its whole interval; {len(regressions)} batch sizes regressed.",
             )
         if result.invalid and not self.accept_invalid:
@@ -128,6 +136,13 @@ class Verdicts:
                 missed.append(f"The throughput {where} is {row.tokens_per_s:.1f} tok/s, below the target {self.target_throughput:g}.")
         if missed:
             raise ValidationError(" ".join(missed))
+
+
+def _two(rows: Sequence[Row]) -> tuple[Row, Row]:
+    """Return the two of one batch size that are compared: without the reference where there are two others."""
+    others = [row for row in rows if not row.is_reference]
+    first, second = others if len(others) == 2 else rows
+    return first, second
 
 
 def _name(row: Row) -> str:

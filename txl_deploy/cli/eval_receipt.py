@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,18 +120,12 @@ def score_reference(reference: EagerRuntime, plan: Plan, world: World, tell_nobo
 
 def make_receipt(plan: Plan, result: EvalResult, reference: EagerRuntime | None, expected: EvalResult | None, world: World) -> Receipt:
     """Return the receipt of an evaluation, `expected` being the reference's on the same segments."""
-    import importlib.metadata
-
     from txl_deploy.bench.environment import git_commit
-    from txl_deploy.receipt import Lengths, Receipt, SegmentSums
+    from txl_deploy.receipt import Lengths, Receipt, SegmentSums, versions
 
     info, facts = plan.opened.runtime.info, plan.text.facts
     assert info.manifest_sha256 is not None
     assert info.checkpoint_sha256 is not None
-    versions = {}
-    for package in ("txl", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     return Receipt(
         manifest_sha256=info.manifest_sha256,
         parent_manifest_sha256=_parent(Path(plan.opened.origin)),
@@ -157,7 +152,7 @@ def make_receipt(plan: Plan, result: EvalResult, reference: EagerRuntime | None,
         ),
         reference_device=None if reference is None else reference.info.device.partition(":")[0],
         command=command_line(),
-        versions=versions,
+        versions=versions(),
         git_commit=git_commit(),
         time_utc=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
@@ -170,12 +165,26 @@ def _parent(directory: Path) -> str | None:
     return None if parent is None else parent.manifest_sha256
 
 
+def keeps_proof(path: Path, receipt: Receipt) -> bool:
+    """Return whether there is a proof of the same artifact on the same text already, which one without a comparison must not replace."""
+    from txl_deploy.receipt import Receipt, ReceiptError
+
+    if receipt.segments.reference_nll_nats is not None:
+        return False
+    try:
+        there = Receipt.read(path)
+    except (FileNotFoundError, ReceiptError):
+        return False
+    same = (there.manifest_sha256, there.corpus_sha256, there.split) == (receipt.manifest_sha256, receipt.corpus_sha256, receipt.split)
+    return same and there.verdict().passed
+
+
 def lines(summary: dict[str, Any], path: Path) -> list[str]:
     """Return what the receipt says, for a reader."""
-    low, high = summary["perplexity_interval_95"]
+    low, high = (math.inf if end is None else end for end in summary["perplexity_interval_95"])
     told = [f"Receipt: {path}", f"Perplexity of text like this, 95 % interval: {low:.3f} to {high:.3f}"]
-    if summary["reference_perplexity"] is None:
+    if summary["reference_nll_nats_sum"] is None:
         return [*told, "Not compared with its checkpoint, which is not beside it: `--checkpoint FILE` makes the receipt a proof."]
-    reference, ours = summary["reference_perplexity"], summary["perplexity"]
+    reference, ours = (math.inf if summary[name] is None else summary[name] for name in ("reference_perplexity", "perplexity"))
     told.append(f"The checkpoint in FP32 eager PyTorch: {reference:.6f}; this artifact: {ours:.6f}")
     return [*told, f"{'PASSED' if summary['passed'] else 'FAILED'}: {summary['reason']}"]

@@ -160,7 +160,7 @@ class Report:
         """Raise ValidationError if a split's receipt says that the artifact is not equivalent to its checkpoint."""
         for split, part in by_split(document).items():
             receipt = part.get("receipt")
-            if receipt is not None and receipt["reference_perplexity"] is not None and not receipt["passed"]:
+            if receipt is not None and receipt["reference_nll_nats_sum"] is not None and not receipt["passed"]:
                 raise ValidationError(
                     f"The artifact is not proved on the {split} split: {receipt['reason']}.",
                     remedy="`txl parity` shows where it parts from its checkpoint; then export the checkpoint again.",

@@ -88,6 +88,11 @@ def command(
     if self_test:
         if artifact is not None or plot is not None or bisect:
             raise UsageError("`--self-test` makes its own artifacts: `--artifact`, `--plot` and `--bisect` have no meaning with it.")
+        context = click.get_current_context()
+        unused = ("dataset", "data", "split", "segments", "batch_size", "device", "threads")
+        for name in unused:
+            if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+                raise UsageError(f"`--{name.replace('_', '-')}` has no meaning with `--self-test`, which has texts of its own.")
         from txl_deploy.cli.self_test import run_self_test
 
         run_self_test(checkpoint, as_json, out)

@@ -41,7 +41,7 @@ def command(context: click.Context, directory: Path, checkpoint: Path | None, pa
     manifest = read_manifest(directory)
     findings = verify(directory, checkpoint=checkpoint, parent=parent)
     others = unlisted(directory, manifest)
-    receipts = examine(directory, file_sha256(directory / FILE_NAME))
+    receipts = examine(directory, manifest, file_sha256(directory / FILE_NAME))
     if as_json:
         document = {
             "directory": str(directory),

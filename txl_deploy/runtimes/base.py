@@ -64,8 +64,15 @@ class RuntimeInfo:
     """Checksum of the artifact's manifest; None for a checkpoint."""
     checkpoint_sha256: str | None = None
     """Checksum of the checkpoint that the weights come from."""
+    waits: bool = False
+    """Whether `step` itself waits for the device, so that `synchronize` has nothing left to wait for."""
     readback: Mapping[str, Any] = field(default_factory=dict)
     """What the runtime was found to do, as plain values: nodes per provider, layers per precision."""
+
+    @property
+    def returns_early(self) -> bool:
+        """Whether `step` may return before the device has done it: then the time to enqueue it is another than that of the step."""
+        return self.device.startswith("cuda") and not self.waits
 
     @property
     def mem_len(self) -> int:

@@ -110,7 +110,7 @@ class OnnxRuntime(GraphRuntime):
         compute = compute_type(readback["products"])
         if compute == "fp32" and str(self._session.get_provider_options()[wanted].get("use_tf32", "0")).lower() not in ("0", "false"):
             compute = "tf32"
-        self._info = dataclasses.replace(info, provider=wanted, compute=compute, readback=readback)
+        self._info = dataclasses.replace(info, provider=wanted, compute=compute, waits=True, readback=readback)
 
     def _check_provider(self, wanted: str) -> None:
         provider = self._session.get_providers()[0]

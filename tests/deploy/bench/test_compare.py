@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from tests.deploy.bench.samples import result_of, rows_of
 from txl_deploy.bench.compare import compare_paired, compare_results, compare_rows, match, parse_threshold
-from txl_deploy.bench.result import BenchResult
+from txl_deploy.bench.result import BenchResult, Proof
 from txl_deploy.bench.stats import LatencySummary
 from txl_deploy.cli.bench_compare import command
 from txl_train.errors import ArtifactError, UsageError, ValidationError
@@ -196,3 +196,59 @@ def test_nothing_compared_is_a_failure(files):
 def test_a_file_that_is_none_keeps_its_own_error(files, tmp_path):
     assert isinstance(run(files("a.json", noise(1)), str(tmp_path / "absent.json")).exception, ArtifactError)
     assert BenchResult.read(tmp_path / "a.json").rows
+
+
+INVALID = {"valid": False, "invalid_reasons": ("drift",)}
+
+
+def write(path, *rows, **changes):
+    dataclasses.replace(result_of(rows), **changes).write(path)
+    return str(path)
+
+
+def test_one_row_that_cannot_be_compared_fails_unless_it_is_accepted(row, tmp_path):
+    sizes = [dataclasses.replace(row, batch_size=size) for size in (1, 2)]
+    old = write(tmp_path / "a.json", *(with_samples(r, noise(1)) for r in sizes))
+    new = write(tmp_path / "b.json", with_samples(sizes[0], noise(2)), with_samples(sizes[1], noise(2), **INVALID))
+    result = run(old, new)
+    assert isinstance(result.exception, ValidationError)
+    assert "1 of 2 rows could not be compared" in result.exception.message
+    assert "--accept-invalid" in result.exception.remedy
+    accepted = run(old, new, "--accept-invalid")
+    assert accepted.exit_code == 0
+    assert "not compared: the new row is INVALID: drift" in accepted.output
+
+
+def test_rows_of_one_file_alone_are_listed_and_are_no_failure(row, tmp_path):
+    sizes = [with_samples(dataclasses.replace(row, batch_size=size), noise(size)) for size in (1, 2, 4)]
+    old, new = write(tmp_path / "a.json", *sizes[:2]), write(tmp_path / "b.json", sizes[0], sizes[2])
+    result = run(old, new)
+    assert result.exit_code == 0
+    assert "batch    2  not compared: only the old file has it" in result.output
+    assert "batch    4  not compared: only the new file has it" in result.output
+    assert "2 of 3 rows stand in one file only; that alone is no failure." in result.output
+    rows = json.loads(run(old, new, "--json").stdout)["rows"]
+    assert [(r["batch_size"], r["in_files"]) for r in rows] == [(1, [True, True]), (2, [True, False]), (4, [False, True])]
+
+
+def test_what_was_measured_without_proof_stays_marked(row, tmp_path):
+    old = write(tmp_path / "a.json", with_samples(row, noise(1)), unvalidated=True)
+    new = write(tmp_path / "b.json", with_samples(row, noise(2), proof=Proof(kind="none", reason="no receipt")), unvalidated=True)
+    sound = write(tmp_path / "c.json", with_samples(row, noise(2)))
+    text = run(old, new).output
+    assert "UNVALIDATED: a.json" in text
+    assert "UNVALIDATED: b.json" in text
+    document = json.loads(run(sound, new, "--json").stdout)
+    assert document["unvalidated"] == [False, True]
+    assert document["rows"][0]["unvalidated"] is True
+    assert "UNVALIDATED" not in run(sound, sound).output
+
+
+def test_the_comparison_is_never_written_over_its_inputs_or_what_is_no_result(files, tmp_path):
+    old, new = files("a.json", noise(1)), files("b.json", noise(2))
+    before = (tmp_path / "a.json").read_bytes()
+    assert isinstance(run(old, new, "--out", str(tmp_path / "." / "a.json")).exception, UsageError)
+    assert (tmp_path / "a.json").read_bytes() == before
+    (tmp_path / "text").write_text("somebody's")
+    assert isinstance(run(old, new, "--out", str(tmp_path / "text")).exception, UsageError)
+    assert (tmp_path / "text").read_text() == "somebody's"

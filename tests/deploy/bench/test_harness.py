@@ -12,14 +12,15 @@ import torch
 
 from tests.fakes import FakeClock, FakeRuntime
 from tests.processes import in_processes
-from txl_deploy.bench import boundaries, harness
+from txl_deploy.bench import boundaries
 from txl_deploy.bench.harness import BenchSettings, Contender, ExpectedNll, block_sizes, measure, samples_for
 from txl_deploy.bench.result import Proof, Row
 from txl_deploy.bench.workload import Workload
+from txl_deploy.runtimes.base import RuntimeInfo
 from txl_train.distributed import World, join, world_of
 from txl_train.errors import UsageError
 
-QUICK = BenchSettings(duration_s=0, min_samples=30, max_samples=30, max_warmup_steps=10)
+QUICK = BenchSettings(duration_s=0, min_duration_s=0, min_samples=30, max_samples=30, max_warmup_steps=10)
 SOUND = dataclasses.replace(QUICK, percentiles=(50,), min_samples=60, max_samples=60)
 """Enough samples for the one percentile asked for."""
 
@@ -114,12 +115,12 @@ def test_a_row_of_too_few_samples_for_a_percentile_asked_for_is_invalid():
     assert [reason for reason in row.invalid_reasons if "p99" in reason]
 
 
-def test_a_row_measured_for_a_shorter_time_than_asked_for_is_invalid():
+def test_a_row_measured_for_too_short_a_time_is_invalid_whatever_was_asked_for():
     settings = dataclasses.replace(SOUND, duration_s=10, min_duration_s=0.5)  # 60 samples of 1 ms at most
     (row,) = run([FakeRuntime()], settings)
     assert [reason for reason in row.invalid_reasons if "0.5 s" in reason]
-    settings = dataclasses.replace(settings, duration_s=0.05)  # so short a time was asked for
-    assert run([FakeRuntime()], settings)[0].valid
+    assert not run([FakeRuntime()], dataclasses.replace(settings, duration_s=0.05))[0].valid
+    assert run([FakeRuntime()], dataclasses.replace(settings, min_duration_s=0.01))[0].valid
 
 
 def test_turns_are_recorded_so_that_rows_can_be_paired():
@@ -349,7 +350,8 @@ def test_the_timed_steps_are_compared_with_the_segments_of_the_receipt(n_tokens)
     row = timed_with(scored_by(FakeRuntime(), text), FakeRuntime(), text)
     assert row.valid
     assert row.notes == ("the nll of 60 timed steps is the receipt's within 0.0e+00 nats per token",)
-    assert row.verified is None  # that was by a receipt, not by a reference
+    assert row.verified is True
+    assert row.perplexity_rel_diff is None  # that was by a receipt, not by a reference
 
 
 def test_a_timed_nll_that_is_not_the_receipts_fails_the_row_and_names_the_segment():
@@ -424,7 +426,7 @@ def test_a_row_measured_beside_busy_processes_is_invalid(busy_s, valid):
 
 def test_the_time_until_the_call_returned_is_told_where_the_device_works_on(monkeypatch):
     assert run([FakeRuntime(latency_ms=3.0)])[0].enqueue_ms_p50 is None
-    monkeypatch.setattr(harness, "_returns_early", lambda device: True)
+    monkeypatch.setattr(RuntimeInfo, "returns_early", True)
     assert run([FakeRuntime(latency_ms=3.0)])[0].enqueue_ms_p50 == 1.5  # half of its time passes in `synchronize`
 
 

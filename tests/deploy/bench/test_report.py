@@ -328,7 +328,8 @@ def test_a_speedup_is_clear_only_where_the_medians_intervals_lie_apart(page_of):
     reference, onnx = rows_of((1,))
 
     def with_samples(row, samples):
-        return dataclasses.replace(row, samples_ms=tuple(samples), latency=LatencySummary.of(samples))
+        sound = {"valid": True, "invalid_reasons": ()}
+        return dataclasses.replace(row, samples_ms=tuple(samples), latency=LatencySummary.of(samples), **sound)
 
     random = np.random.default_rng(0)
     baseline = with_samples(reference, random.uniform(3.0, 3.5, 200))

@@ -172,6 +172,26 @@ def test_timed_steps_that_are_not_those_of_the_receipt_fail(artifact: Path, monk
     assert "Error: The perplexity of onnx at batch size 2" in captured.err
 
 
+def test_a_batch_size_at_which_nothing_was_compared_is_invalid_without_the_checkpoint(
+    artifact: Path, proved: Exports, capsys: Capture
+) -> None:
+    other = ("--batch-sizes", "3", *QUICK, "--json")
+    assert txl("bench", "--artifact", artifact, *other) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["verified"], row["valid"]) == (None, False)
+    assert any("compared with nothing" in reason for reason in row["invalid_reasons"])
+    assert txl("bench", "--artifact", artifact, "--checkpoint", proved.checkpoint, *other) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert all(row["verified"] and not any("nothing" in reason for reason in row["invalid_reasons"]) for row in rows)
+
+
+def test_batch_sizes_that_an_export_does_not_take_are_refused_first(proved: Exports, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "fixed"
+    export_artifact(ExportRequest(checkpoint=proved.checkpoint, out=out, format="torchscript", batch_size=2))
+    assert txl("bench", "--artifact", out, "--unvalidated", "--batch-sizes", "1..4", *QUICK) == 2
+    assert "takes batch sizes of 2 to 2, but 1 was asked for" in refusal(capsys)
+
+
 def test_too_few_samples_are_invalid_and_end_with_1_after_the_result(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "benchmark.json"
     few = ("--batch-sizes", "2", "--duration", "0", "--min-samples", "100", "--max-samples", "100")
@@ -248,7 +268,8 @@ def test_a_regression_ends_with_1(artifact: Path, monkeypatch: pytest.MonkeyPatc
         return step(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(OnnxRuntime, "step", slow)
-    assert txl("bench", "--artifact", proved.torchscript, "--artifact", artifact, *ONE, "--ab") == 1
+    three = ("--checkpoint", proved.checkpoint, "--artifact", proved.torchscript, "--artifact", artifact)
+    assert txl("bench", *three, *ONE, "--ab") == 1
     assert "beyond 2.0% by its whole interval" in capsys.readouterr().err
 
 

@@ -82,6 +82,15 @@ def test_the_checkpoint_may_lie_elsewhere(artifact: Path, exports: Exports) -> N
     assert Receipt.read(artifact / "receipt.json").verdict().passed
 
 
+def test_a_proof_is_not_replaced_by_what_proves_nothing(artifact: Path, capsys: Capture) -> None:
+    assert txl("eval", "--artifact", artifact) == 0
+    proof = (artifact / "receipt.json").read_bytes()
+    next(artifact.parent.glob("*.pt")).unlink()
+    assert txl("eval", "--artifact", artifact) == 0
+    assert "is kept" in capsys.readouterr().out
+    assert (artifact / "receipt.json").read_bytes() == proof
+
+
 def test_another_checkpoint_is_refused(artifact: Path, exports: Exports, tmp_path: Path, capsys: Capture) -> None:
     from tests.support import small_config
 
@@ -153,6 +162,7 @@ def test_verify_looks_at_the_receipts_too(artifact: Path, capsys: Capture) -> No
     assert txl("verify", artifact) == 0
     assert "ok       receipt.json perplexity" in capsys.readouterr().out
     receipt = Receipt.read(artifact / "receipt.json")
-    dataclasses.replace(receipt, manifest_sha256="e" * 64).write(artifact / "receipt.json")
-    assert txl("verify", artifact) == 1
-    assert "FAILED   receipt.json is stale" in capsys.readouterr().out
+    for change, told in (({"manifest_sha256": "e" * 64}, "is stale"), ({"dtype": "fp16"}, "is not of what the manifest describes")):
+        dataclasses.replace(receipt, **change).write(artifact / "receipt.json")
+        assert txl("verify", artifact) == 1
+        assert f"FAILED   receipt.json {told}" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from typing import Any
 
 from txl_deploy.bench import plots, plots_bench, plots_parity, plots_training
 from txl_deploy.bench.report.findings import Training
-from txl_deploy.bench.report.series import Series
+from txl_deploy.bench.report.series import Series, lacks_proof
 from txl_deploy.bench.result import BenchResult, Row
 from txl_deploy.bench.training import TrainingRow
 
@@ -23,7 +23,7 @@ def bench_charts(result: BenchResult, series: Sequence[Series], suffix: str = ""
     """Return the charts of one result: latency, throughput, distributions, roofline, as far as there is something to draw."""
     if not series:
         return []
-    stamp = plots.STAMP if result.unvalidated else None
+    stamp = plots.STAMP if lacks_proof(result) else None
     lines = [plots_bench.Line(_label(s), [_point(row) for row in s.rows]) for s in series]
     hollow = " Hollow, crossed-out points are INVALID." if result.invalid else ""
     described = (
@@ -39,7 +39,7 @@ def bench_charts(result: BenchResult, series: Sequence[Series], suffix: str = ""
         charts.append(plots.draw(f"throughput{suffix}", "Throughput against latency", described + hollow, paint, stamp=stamp))
     described = (
         "Read across at 99 to find the 99th percentile. A steep line is a steady latency; a long tail to the right is a few slow steps. "
-        "Every timed step is in it."
+        "Every timed step counts."
     )
     paint = plots_bench.distributions(lines)
     sizes = {"wide": BROAD, "narrow": TALL}

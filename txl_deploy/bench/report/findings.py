@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from txl_deploy.bench.compare import SCHEMA as COMPARISON_SCHEMA
 from txl_deploy.bench.report.series import RUNTIME_TITLES
 from txl_deploy.bench.result import BenchResult
 from txl_deploy.bench.training import TrainingResult
@@ -59,7 +60,9 @@ class Findings:
     training_benchmarks: list[tuple[str, TrainingResult]] = field(default_factory=list)
     """Results of `txl bench train`, by file name."""
     receipts: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
-    """`Receipt.summary()` of receipts given as files, by file name."""
+    """`Receipt.summary()` of receipts given as files that prove what is reported, by file name."""
+    other_receipts: list[tuple[str, str]] = field(default_factory=list)
+    """Receipts that were found and prove none of it: folder and file name, and why not."""
     comparisons: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     """Outcomes of `txl bench compare`, by file name."""
     bench_sha256: list[str] = field(default_factory=list)
@@ -96,15 +99,20 @@ def gather(
     metrics = next(iter(named_metrics or in_folder("metrics.jsonl")), None)
     found_in = {kind: [*kinds[kind], *(p for p in in_folder(*patterns) if p not in kinds[kind])] for kind, patterns in _PATTERNS.items()}
     baselines = next(iter(in_folder("baselines.json")), None)
+    results = [(path.name, BenchResult.read(path)) for path in benches]
+    receipts, other_receipts = _receipts(found_in["receipt"], [result for _, result in results])
     found = Findings(
-        benches=[(path.name, BenchResult.read(path)) for path in benches],
+        benches=results,
         bench_sha256=[file_sha256(path) for path in benches],
         training=None if metrics is None else read_training(metrics),
         training_benchmarks=[(path.name, TrainingResult.read(path)) for path in dict.fromkeys(found_in["training"])],
         parities=[(path.name, _read_object(path)) for path in found_in["parity"]],
         evaluations=[(path.name, _read_object(path)) for path in found_in["evaluation"]],
-        receipts=[(path.name, Receipt.read(path).summary(path)) for path in found_in["receipt"]],
-        comparisons=[(path.name, _read_object(path)) for path in found_in["comparison"]],
+        receipts=receipts,
+        other_receipts=other_receipts,
+        comparisons=[
+            (path.name, document) for path in found_in["comparison"] if (document := _read_object(path)).get("schema") == COMPARISON_SCHEMA
+        ],
         baselines=None if baselines is None else _read_object(baselines),
     )
     if found.is_empty:
@@ -113,6 +121,30 @@ def gather(
             remedy="Measure something first, with `txl bench --out FILE`, or name a file with `--bench FILE`.",
         )
     return found
+
+
+def _receipts(paths: Sequence[Path], results: Sequence[BenchResult]) -> tuple[list[tuple[str, Mapping[str, Any]]], list[tuple[str, str]]]:
+    """Part receipts into those that prove something reported and the others: (name, summary), and (name, why not).
+
+    Proved are artifacts that were measured; where nothing was, the one that lies beside the receipt, unchanged.
+    """
+    measured = {row.artifact.manifest_sha256 for result in results for row in result.rows if row.artifact is not None}
+    proving: list[tuple[str, Mapping[str, Any]]] = []
+    others: list[tuple[str, str]] = []
+    for path in paths:
+        summary = Receipt.read(path).summary(path)
+        manifest = path.parent / "manifest.json"
+        beside = file_sha256(manifest) if manifest.is_file() else None
+        name = f"{path.resolve().parent.name}/{path.name}"
+        if summary["manifest_sha256"] in measured or (not results and summary["manifest_sha256"] == beside):
+            proving.append((path.name, summary))
+        elif beside is not None and summary["manifest_sha256"] != beside:
+            others.append((name, "stale: the artifact beside it is another one by now"))
+        elif results:
+            others.append((name, "unrelated: its artifact was not measured here"))
+        else:
+            others.append((name, "unrelated: its artifact is not beside it"))
+    return proving, others
 
 
 _PATTERNS = {
@@ -133,9 +165,9 @@ def _kind(path: Path) -> str:
     except (OSError, ValueError):
         return "benchmark"
     document = document if isinstance(document, dict) else {}
-    by_schema = {"txl.training_benchmark": "training", "txl.receipt": "receipt", "txl.benchmark": "benchmark"}
+    by_schema = {"txl.training_benchmark": "training", "txl.receipt": "receipt", COMPARISON_SCHEMA: "comparison"}
     if (schema := document.get("schema")) is not None:
-        return by_schema.get(str(schema), "comparison" if "compar" in str(schema) else "benchmark")
+        return by_schema.get(str(schema), "benchmark")
     if "segments" in document and "tolerance" in document:
         return "parity"
     return "evaluation" if "perplexity" in document else "benchmark"

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from txl_deploy.bench.published import PublishedTable
+from txl_deploy.bench.report.comparisons import HEADER, Comparison, comparisons_of
 from txl_deploy.bench.report.findings import Findings
 from txl_deploy.bench.report.series import (
+    UNVALIDATED,
     doubts,
     format_ms,
     format_perplexity,
@@ -17,6 +19,8 @@ from txl_deploy.bench.report.series import (
     group_series,
     headline,
     invalid_rows,
+    is_unproved,
+    lacks_proof,
     shown_percentiles,
     specification_heading,
     validity_of,
@@ -32,8 +36,8 @@ def format_markdown(found: Findings, published: Sequence[PublishedTable] = ()) -
     for name, result in found.benches:
         percentiles = shown_percentiles(result)
         blocks.append(f"{headline(result)}. Source: `{name}`.")
-        if result.unvalidated:
-            blocks.append("**UNVALIDATED: nothing proves that these are figures of the model they name.**")
+        if lacks_proof(result):
+            blocks.append(f"**{UNVALIDATED}**")
         for series in group_series(result.rows):
             header = ["Batch size", "Sequence length", "Memory length", "Throughput Avg (tok/s)", "Latency Avg (ms)"]
             header += [f"Latency {p:g}% (ms)" for p in percentiles] + ["Samples", "Perplexity", "Verified", "Valid"]
@@ -42,12 +46,15 @@ def format_markdown(found: Findings, published: Sequence[PublishedTable] = ()) -
                 cells = [str(row.batch_size), str(row.tgt_len), str(row.mem_len)]
                 cells += [format_tokens_per_s(row.tokens_per_s), format_ms(row.latency.mean_ms)]
                 cells += [format_ms(row.latency.percentile_ms(p)) + _star(row.latency.n < minimum_samples(p)) for p in percentiles]
-                rows.append([*cells, f"{row.latency.n:,}", format_perplexity(row.perplexity), verdict_of(row), validity_of(row)])
+                cells += [f"{row.latency.n:,}", format_perplexity(row.perplexity), verdict_of(row)]
+                rows.append([*cells, validity_of(row) + (", UNVALIDATED" if is_unproved(row) else "")])
             mark = " (reference)" if series.is_reference else ""
             blocks += [f"**{_escape(specification_heading(series.rows[0]))}**{mark} · {_escape(series.title)}", table(header, rows)]
         blocks += [f"\\* {_escape(doubt)}" for doubt in doubts(result.rows, percentiles)]
         blocks += [_escape(sentence) for sentence in invalid_rows(result.rows)]
         blocks.append(f"Measured by `{result.command}`.")
+    for comparison in comparisons_of(found):
+        blocks += _comparison(comparison)
     for name, training in found.training_benchmarks:
         blocks += [f"Training throughput. Source: `{name}`.", *("\n".join(t.lines()) for t in scaling_tables(training.rows))]
         blocks.append(f"Measured by `{training.command}`.")
@@ -59,6 +66,12 @@ def format_markdown(found: Findings, published: Sequence[PublishedTable] = ()) -
         )
         blocks.append(table(published_table.columns, published_table.rows))
     return "\n\n".join(blocks) + "\n"
+
+
+def _comparison(comparison: Comparison) -> list[str]:
+    stamps = [f"**{_escape(stamp)}**" for stamp in comparison.stamps]
+    title = f"{_escape(comparison.title)}. Source: `{comparison.name}`."
+    return [title, *stamps, table(HEADER, [line.cells for line in comparison.lines])]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

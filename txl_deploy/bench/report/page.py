@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from txl_deploy.bench import plots
+from txl_deploy.bench.compare import LEAST_TURNS, compare_paired
 from txl_deploy.bench.harness import BOUNDARIES
 from txl_deploy.bench.published import PublishedTable
 from txl_deploy.bench.report import charts as drawn
+from txl_deploy.bench.report.comparisons import HEADER, Comparison, comparisons_of
 from txl_deploy.bench.report.findings import (
     Findings,
     Training,
@@ -36,9 +38,12 @@ from txl_deploy.bench.report.series import (
     format_tokens_per_s,
     group_series,
     headline,
+    is_unproved,
+    lacks_proof,
     remarks,
     shown_percentiles,
     specification_heading,
+    unsound,
     validity_of,
     verdict_of,
 )
@@ -56,7 +61,9 @@ class Speedup:
 
     times: float
     is_clear: bool
-    """True if the 95 % intervals of the two medians do not overlap."""
+    """True if the 95 % interval of the ratio leaves out 1."""
+    interval_95: tuple[float, float] | None = None
+    """Of rows that took turns; None where the medians are compared by their own intervals."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +117,34 @@ class BenchView:
         return next((series for series in self.series if series.is_reference), self.series[0])
 
     def speedup(self, series: Series, batch_size: int) -> Speedup | None:
-        """Return how a series' median step compares with the baseline's at a batch size; None for the baseline itself or what lacks."""
+        """Return how a series' median step compares with the baseline's at a batch size.
+
+        Rows that took turns are compared turn by turn: what the machine did hit both, so that the ratio holds where the latencies
+        themselves are INVALID. None for the baseline itself, for what lacks, and where one of the two failed, or is INVALID and took no turns.
+        """
         row, base = series.at(batch_size), self.baseline.at(batch_size)
-        if row is None or base is None or series is self.baseline:
+        if row is None or base is None or series is self.baseline or row.verified is False or base.verified is False:
+            return None
+        if len(row.block_sizes) >= LEAST_TURNS and row.block_sizes == base.block_sizes:
+            ratio = compare_paired(row, base)
+            return Speedup(ratio.ratio, ratio.verdict != "no difference", ratio.interval_95)
+        if unsound(row) or unsound(base):
             return None
         mine, other = (r.latency.interval_ms(50) for r in (row, base))
         apart = mine is not None and other is not None and (mine[1] < other[0] or other[1] < mine[0])
         return Speedup(base.latency.percentile_ms(50) / row.latency.percentile_ms(50), apart)
+
+    def flaw(self, series: Series, batch_size: int) -> str:
+        """Return why there is no speed to tell at a batch size: FAILED, INVALID, or the baseline's; empty where nothing is wrong."""
+        row, base = series.at(batch_size), self.baseline.at(batch_size)
+        if row is None or unsound(row):
+            return "" if row is None else unsound(row)
+        return f"baseline {unsound(base)}" if base is not None and unsound(base) else ""
+
+    @property
+    def lacks_proof(self) -> bool:
+        """True where it is to be stamped UNVALIDATED."""
+        return lacks_proof(self.result)
 
     def chain(self, series: Series) -> list[Link]:
         """Return the checksums from the checkpoint to this result."""
@@ -210,15 +238,17 @@ def render_page(
         "label": lambda key: str(key).replace("_", " "),
     }
     rows = [row for bench in benches for row in bench.result.rows]
-    beliefs = _beliefs(found, rows)
+    comparisons = comparisons_of(found)
+    beliefs = _beliefs(found, rows, comparisons)
     return environment.get_template("report.html.jinja").render(
         benches=benches,
-        unvalidated=any(bench.result.unvalidated for bench in benches),
+        unvalidated=any(bench.lacks_proof for bench in benches),
         beliefs=beliefs,
         state="bad" if any(b.state == "bad" for b in beliefs) else "unknown" if any(b.state == "unknown" for b in beliefs) else "good",
         failed=[(series.label, row) for bench in benches for series in bench.series for row in series.rows if row.verified is False],
         commands=_commands(found),
         receipts=_receipts(found),
+        other_receipts=found.other_receipts,
         training=found.training,
         training_charts=training_charts,
         training_facts=_training_facts(found.training),
@@ -228,7 +258,8 @@ def render_page(
         corpus_splits=corpus_splits(found.baselines),
         in_bits=in_bits(found),
         parities=[(name, document, chart) for (name, document), chart in zip(found.parities, parity_charts)],
-        comparisons=found.comparisons,
+        comparisons=comparisons,
+        comparison_header=HEADER,
         published=published,
         tiles=_tiles(found, benches),
         rows=rows,
@@ -237,13 +268,14 @@ def render_page(
         minimum_samples=minimum_samples,
         verdict_of=verdict_of,
         validity_of=validity_of,
+        is_unproved=is_unproved,
         heading_of=specification_heading,
         facts=flat_facts,
         parity_facts=lambda parity: flat_facts({key: parity[key] for key in parity if key not in ("passed", "reason", "segments")}),
     )
 
 
-def _beliefs(found: Findings, rows: Sequence[Row]) -> list[Belief]:
+def _beliefs(found: Findings, rows: Sequence[Row], comparisons: Sequence[Comparison]) -> list[Belief]:
     """Answer whether to believe the figures: were the right models timed, are the latencies sound, was the machine quiet."""
     beliefs: list[Belief] = []
     if rows:
@@ -263,8 +295,10 @@ def _beliefs(found: Findings, rows: Sequence[Row]) -> list[Belief]:
             )
             beliefs.append(Belief("good", text))
     for name, result in found.benches:
-        if result.unvalidated:
+        if lacks_proof(result):
             beliefs.append(Belief("bad", f"UNVALIDATED: {name} was measured without receipts, so nothing proves what its rows compute."))
+    beliefs += [Belief("bad", f"{stamp}.") for comparison in comparisons for stamp in comparison.stamps]
+    beliefs += _compared(comparisons)
     passed = [r for r in _receipts(found) if r.get("passed") is True]
     if _receipts(found):
         state = "good" if len(passed) == len(_receipts(found)) else "bad"
@@ -287,9 +321,30 @@ def _beliefs(found: Findings, rows: Sequence[Row]) -> list[Belief]:
 
 
 def _receipts(found: Findings) -> list[Mapping[str, Any]]:
-    """Return each receipt once, those within results first."""
+    """Return one receipt of each artifact and text, those within results first; of several, one that proves nothing if there is such."""
     listed = [receipt for _, result in found.benches for receipt in result.receipts] + [receipt for _, receipt in found.receipts]
-    return list({str(receipt.get("receipt_sha256", index)): receipt for index, receipt in enumerate(listed)}.values())
+    kept: dict[tuple[object, ...], Mapping[str, Any]] = {}
+    for index, receipt in enumerate(listed):
+        about = tuple(receipt.get(name) for name in ("manifest_sha256", "split", "corpus_sha256"))
+        key = (index,) if about[0] is None else about
+        if key not in kept or receipt.get("passed") is not True:
+            kept[key] = receipt
+    return list(kept.values())
+
+
+def _compared(comparisons: Sequence[Comparison]) -> list[Belief]:
+    """Say of each comparison whether something became slower."""
+    beliefs = []
+    for comparison in comparisons:
+        total = len(comparison.lines)
+        if comparison.regressions:
+            text = f"REGRESSION: {comparison.regressions} of {total} rows are slower by more than is let pass ({comparison.title})."
+            beliefs.append(Belief("bad", text))
+        if comparison.uncompared:
+            beliefs.append(Belief("unknown", f"{comparison.uncompared} of {total} rows have no sound comparison ({comparison.title})."))
+        if not comparison.regressions and not comparison.uncompared and total:
+            beliefs.append(Belief("good", f"None of {total} compared rows is a regression ({comparison.title})."))
+    return beliefs
 
 
 def _commands(found: Findings) -> list[str]:

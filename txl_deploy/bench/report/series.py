@@ -20,6 +20,7 @@ RUNTIME_TITLES = {
     "trt": "TensorRT",
     "trt-rtx": "TensorRT-RTX",
 }
+UNVALIDATED = "UNVALIDATED: nothing proves that these are figures of the model they name."
 DTYPE_TITLES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
 REFERENCE_MARK = " (reference)"
 MEMORY_TITLES = {"kv": "key/value memory", "hidden": "hidden-state memory"}
@@ -147,6 +148,21 @@ def disturbances(environment: Mapping[str, Any]) -> list[str]:
     if not isinstance(busy, (int, float)) or busy <= BUSY_SHARE:
         return []
     return [f"Other processes kept {busy:.0%} of the processors' time busy when measuring began: latencies are longer and scatter more."]
+
+
+def is_unproved(row: Row) -> bool:
+    """True for a row that was measured with `--unvalidated`, without a proof; of older rows nobody asked for one."""
+    return row.proof is not None and row.proof.kind == "none"
+
+
+def lacks_proof(result: BenchResult) -> bool:
+    """True for a result that is to be stamped UNVALIDATED: it says so, or one of its rows does."""
+    return result.unvalidated or any(map(is_unproved, result.rows))
+
+
+def unsound(row: Row) -> str:
+    """Return in one word why a row's figures are not to be used; empty where nothing speaks against them."""
+    return "FAILED" if row.verified is False else "INVALID" if row.valid is False else ""
 
 
 def validity_of(row: Row) -> str:

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from txl_deploy.bench.report.findings import Findings, scores
 from txl_deploy.bench.report.series import (
     REFERENCE_MARK,
+    UNVALIDATED,
     doubts,
     format_ms,
     format_perplexity,
     format_tokens_per_s,
     group_series,
     invalid_rows,
+    is_unproved,
+    lacks_proof,
     remarks,
     validity_of,
     verdict_of,
@@ -27,7 +30,7 @@ from txl_deploy.bench.stats import STANDARD_PERCENTILES, minimum_samples
 def format_table(rows: Sequence[Row], percentiles: Sequence[float] = STANDARD_PERCENTILES) -> str:
     """Return the specification's table for a terminal: all series one below the other, then notes on what to doubt.
 
-    A percentile from too few samples carries an asterisk.
+    A percentile from too few samples carries an asterisk, a row without proof the word UNVALIDATED.
     """
     head = [
         ["", "Batch", "Seq.", "Memory", "Throughput", "Latency", *("" for _ in percentiles), "", "", "", ""],
@@ -53,7 +56,8 @@ def format_table(rows: Sequence[Row], percentiles: Sequence[float] = STANDARD_PE
             for p in percentiles:
                 doubtful = row.latency.n < minimum_samples(p)
                 cells.append(format_ms(row.latency.percentile_ms(p)) + ("*" if doubtful else " "))
-            cells += [str(row.latency.n), format_perplexity(row.perplexity), verdict_of(row), validity_of(row)]
+            cells += [str(row.latency.n), format_perplexity(row.perplexity), verdict_of(row)]
+            cells.append(validity_of(row) + (", UNVALIDATED" if is_unproved(row) else ""))
             body.append(cells)
     widths = [max(len(line[i]) for line in head + body) for i in range(len(head[0]))]
     left_aligned = (0, len(widths) - 2, len(widths) - 1)
@@ -74,7 +78,9 @@ def format_table(rows: Sequence[Row], percentiles: Sequence[float] = STANDARD_PE
 
 def format_summary(found: Findings) -> str:
     """Return for a terminal what the page shows first: the tables of latency, perplexities of whole splits, verdicts of parity."""
-    parts = [format_table(result.rows, result.percentiles) for _, result in found.benches]
+    parts = [
+        (f"{UNVALIDATED}\n" if lacks_proof(result) else "") + format_table(result.rows, result.percentiles) for _, result in found.benches
+    ]
     listed = scores(found)
     if listed:
         head = f"{'Perplexity of a whole split':<28}{'split':>7}{'perplexity':>12}{'tokens':>12}"
