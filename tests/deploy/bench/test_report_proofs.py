@@ -46,13 +46,21 @@ def test_rows_without_proof_are_stamped_on_the_terminal_and_in_markdown():
     [({"verified": False}, "FAILED"), ({"valid": False, "invalid_reasons": ("drift",)}, "INVALID")],
 )
 def test_side_by_side_there_is_no_speed_of_a_row_that_is_not_to_be_believed(page_of, changes, mark):
-    reference, onnx = valid_rows()
+    reference, onnx = (dataclasses.replace(row, block_sizes=()) for row in valid_rows())  # measured one after the other
     assert 'class="gain' in page_of(Findings(benches=[("b.json", result_of([reference, onnx]))]))
     of_own = page_of(Findings(benches=[("b.json", result_of([reference, dataclasses.replace(onnx, **changes)]))]))
     of_base = page_of(Findings(benches=[("b.json", result_of([dataclasses.replace(reference, **changes), onnx]))]))
     assert 'class="gain' not in of_own + of_base
     assert f'<span class="mark bad">{mark}</span></td>' in of_own
     assert f'<span class="mark bad">baseline {mark}</span>' in of_base
+
+
+def test_rows_that_took_turns_have_a_speed_even_where_the_milliseconds_are_invalid(page_of):
+    turns = [dataclasses.replace(row, block_sizes=(len(row.samples_ms) // 10,) * 10) for row in valid_rows()]
+    reference, onnx = (dataclasses.replace(row, valid=False, invalid_reasons=("drift",)) for row in turns)
+    assert 'class="gain faster">' in page_of(Findings(benches=[("b.json", result_of([reference, onnx]))]))
+    failed = dataclasses.replace(onnx, verified=False)
+    assert 'class="gain' not in page_of(Findings(benches=[("b.json", result_of([reference, failed]))]))
 
 
 def test_a_comparison_of_two_that_took_turns_is_shown_and_a_regression_told_first(page_of):

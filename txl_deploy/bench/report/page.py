@@ -120,7 +120,8 @@ class BenchView:
         """Return how a series' median step compares with the baseline's at a batch size.
 
         Rows that took turns are compared turn by turn: what the machine did hit both, so that the ratio holds where the latencies
-        themselves are INVALID. None for the baseline itself, for what lacks, and where one of the two failed, or is INVALID and took no turns.
+        themselves are INVALID. None for the baseline itself, for what lacks, and where one of the two failed, or is INVALID and took no
+        turns.
         """
         row, base = series.at(batch_size), self.baseline.at(batch_size)
         if row is None or base is None or series is self.baseline or row.verified is False or base.verified is False:
