@@ -126,7 +126,7 @@ def distributions(lines: Sequence[Line]) -> plots.Paint:
             for i, line in enumerate(lines):
                 for point in (p for p in line.points if p.batch_size == size and p.samples_ms):
                     ordered = sorted(point.samples_ms)
-                    counts = sorted({round(len(ordered) ** (j / 249)) for j in range(250)}, reverse=True)  # even on this scale
+                    counts = sorted({round(len(ordered) ** (j / 149)) for j in range(150)}, reverse=True)  # even on this scale
                     ordered, beyond = [ordered[-m] for m in counts], [m / len(ordered) for m in counts]
                     style = "-" if point.is_valid else (0, (2, 2))
                     axes.step(ordered, beyond, where="post", color=theme.series[i % len(theme.series)], linewidth=1.6, linestyle=style)

@@ -146,6 +146,8 @@ def table(pairs: Sequence[Pair], *, threshold: float, quantity: str) -> str:
 def conclude(pairs: Sequence[Pair], threshold: float, *, accept_invalid: bool = False) -> None:
     """Raise ValidationError if a pair is a regression, or could not be compared (unless `accept_invalid`), or none could be.
 
+    A row whose perplexity is not its checkpoint's fails in any case.
+
     Rows that only one file has do not count.
     """
     pairs = [pair for pair in pairs if not pair.is_alone]
@@ -160,11 +162,13 @@ def conclude(pairs: Sequence[Pair], threshold: float, *, accept_invalid: bool = 
         raise ValidationError(
             f"None of {len(pairs)} rows could be compared: {without[0].reason}.", remedy="Measure again on an idle machine, for longer."
         )
-    if without and not accept_invalid:
-        row = without[0].rows[0]
+    failed = [pair for pair in without if any(row.verified is False for row in pair.rows)]
+    if without and (failed or not accept_invalid):
+        without_first = (failed or without)[0]
+        row = without_first.rows[0]
         raise ValidationError(
             f"{len(without)} of {len(pairs)} rows could not be compared, the first of {row.runtime} {row.dtype} at batch size "
-            f"{row.batch_size}: {without[0].reason}.",
+            f"{row.batch_size}: {without_first.reason}.",
             remedy="Measure again on an idle machine, for longer; or leave such rows out with `--accept-invalid`.",
         )
 

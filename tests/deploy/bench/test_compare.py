@@ -219,6 +219,14 @@ def test_one_row_that_cannot_be_compared_fails_unless_it_is_accepted(row, tmp_pa
     assert "not compared: the new row is INVALID: drift" in accepted.output
 
 
+def test_a_row_of_another_model_is_not_accepted_as_noise_is(row, tmp_path):
+    sizes = [dataclasses.replace(row, batch_size=size) for size in (1, 2)]
+    old = write(tmp_path / "a.json", *(with_samples(r, noise(1)) for r in sizes))
+    other = {"verified": False, "valid": False, "invalid_reasons": ("the perplexity is another",)}
+    new = write(tmp_path / "b.json", with_samples(sizes[0], noise(2)), with_samples(sizes[1], noise(2), **other))
+    assert isinstance(run(old, new, "--accept-invalid").exception, ValidationError)
+
+
 def test_rows_of_one_file_alone_are_listed_and_are_no_failure(row, tmp_path):
     sizes = [with_samples(dataclasses.replace(row, batch_size=size), noise(size)) for size in (1, 2, 4)]
     old, new = write(tmp_path / "a.json", *sizes[:2]), write(tmp_path / "b.json", sizes[0], sizes[2])
