@@ -129,6 +129,7 @@ def command(
         head=info.head,
         device="cpu",
         threads=threads,
+        packed=not bisect,
     )
     if reference.info.checkpoint_sha256 != info.checkpoint_sha256:
         raise ValidationError(

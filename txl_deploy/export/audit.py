@@ -223,7 +223,7 @@ class _Listener:
         self.note(second, returned, layer)
 
     def _attention(
-        self, attention: Any, layer: int, x_BQD: Tensor, memory_key: Tensor, memory_value: Tensor, position_term: Tensor, visible: Tensor
+        self, attention: Any, layer: int, x_BQD: Tensor, memory_key: Tensor, memory_value: Tensor, position_term: Tensor, mask_B1QK: Tensor
     ) -> None:
         self.note("attention input", x_BQD, layer)
         query, key, _ = torch.chunk(F.linear(x_BQD, attention.qkv.weight), 3, dim=-1)
@@ -236,7 +236,7 @@ class _Listener:
         # scores are a sum of two products, and each is what is left where the other's operand is zero
         content = attention.scores(query, key_BHKE, torch.zeros_like(position_term))
         position = attention.scores(query, torch.zeros_like(key_BHKE), position_term)
-        unseen_B1QK = ~visible
+        unseen_B1QK = mask_B1QK < 0
         for name, scores in (("content scores", content), ("position scores", position), ("scores", content + position)):
             self.note(name, scores.masked_fill(unseen_B1QK, 0.0), layer)
 

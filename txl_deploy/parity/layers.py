@@ -39,7 +39,7 @@ from txl_train.files import finite
 from txl_train.model.adaptive import cluster_rows
 from txl_train.model.memory import Memory
 
-OPERATIONS = ("embedding", "linear", "matmul", "add", "softmax", "cat", "layer_norm", "relu", "log", "logaddexp")
+OPERATIONS = ("embedding", "linear", "matmul", "add", "softmax", "cat", "layer_norm", "relu", "log")
 """Operations whose results are compared. PyTorch's functions and the exporter's nodes have the same names."""
 
 _INSTALL = "Install it with `pip install polygraphy`."
@@ -135,7 +135,7 @@ def bisect(reference: EagerRuntime, candidate: Runtime, graph: Path, segments: S
     """Compare the tensors within `graph` with those within `reference`, over one segment.
 
     Args:
-        reference: the FP32 checkpoint in eager PyTorch, of the candidate's lengths, head and kind of memory.
+        reference: the FP32 checkpoint in eager PyTorch, not `packed`, of the candidate's lengths, head and kind of memory.
         candidate: the runtime of `graph`; its own result is compared too, as it may run the graph otherwise than with marked tensors.
         graph: the ONNX file.
         segments: of the rollout; those before segment `number` fill the memory.

@@ -34,6 +34,7 @@ class CompiledRuntime(EagerRuntime):
 
     NAME: ClassVar[str] = "compiled"
     PROVIDER: ClassVar[str] = "inductor"
+    PACKS: ClassVar[bool] = False
 
     def __init__(self, model: TransformerXL, **options: Any) -> None:
         """Take the arguments of `EagerRuntime`. Raises EnvironmentUnfitError if nothing can be compiled here."""

@@ -5,11 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from txl_deploy.claims import count_matrices
 from txl_deploy.runtimes.base import TORCH_TYPES, RuntimeInfo, torch_compute
 from txl_deploy.runtimes.graph import ModuleRuntime
+from txl_deploy.runtimes.window import Windows
 from txl_train.config import HeadKind, MemoryKind, ModelConfig
 from txl_train.model.inference import STEPS
+from txl_train.model.memory import Memory
+from txl_train.model.packed import PackedLogSoftmax, can_pack, in_packs
 from txl_train.model.transformer_xl import TransformerXL
 
 
@@ -18,6 +24,8 @@ class EagerRuntime(ModuleRuntime):
 
     NAME: ClassVar[str] = "pytorch"
     PROVIDER: ClassVar[str] = "eager"
+    PACKS: ClassVar[bool] = True
+    """Whether weights and memory can be laid out for speed."""
 
     def __init__(
         self,
@@ -31,9 +39,20 @@ class EagerRuntime(ModuleRuntime):
         head: HeadKind = "nll",
         origin: str = "",
         checkpoint_sha256: str | None = None,
+        packed: bool = True,
     ) -> None:
-        self._model = model.eval()
+        """Make the step; the arguments are those of `model.inference.FixedStep`.
+
+        `packed` lays weights and memory out for speed where that can be done: in float32 on a CPU matrices are packed (`model.packed`), and
+        keys and values stay where they are (`window.Windows`). Without it, the step is made of the operations of an exported graph.
+        """
+        model.eval()
+        self.is_packed = packed = packed and self.PACKS
+        has_packs = packed and dtype == "fp32" and not model.embedding.weights[0].is_cuda and can_pack()
+        self._model = model = in_packs(model, memory) if has_packs else model
         step = STEPS[head](model, tgt_len, memory, config, dtype=TORCH_TYPES[dtype], memory_dtype=TORCH_TYPES[memory_dtype or dtype]).eval()
+        if has_packs:
+            step.head = PackedLogSoftmax(step.head)
         self.step_module = step
         weights = count_matrices((str(weight.dtype).removeprefix("torch."), weight.dim()) for weight in step.parameters())
         device = str(model.embedding.weights[0].device)
@@ -53,6 +72,18 @@ class EagerRuntime(ModuleRuntime):
             readback={"weights": weights},
         )
         super().__init__(info, step)
+        has_windows = packed and memory == "kv" and step.mem_len > 0
+        self._windows = Windows(step.mem_len, step.ext_len + tgt_len, tgt_len) if has_windows else None
+
+    @torch.inference_mode()
+    def run(self, input_ids_BQ: Tensor, target_ids_BT: Tensor | None, rows: list[Tensor], memory: Memory) -> tuple[Tensor, Memory]:
+        """Call the step; its keys and values are written behind those of the memory where there is room."""
+        if self._windows is None:
+            return super().run(input_ids_BQ, target_ids_BT, rows, memory)
+        store, start, states = self._windows.with_room(memory)
+        result, memory = super().run(input_ids_BQ, target_ids_BT, rows, Memory(states, memory.length_B))
+        self._windows.keep(store, start, memory.states)
+        return result, memory
 
     def of_length(self, tgt_len: int) -> EagerRuntime:
         """Return the same model for segments of `tgt_len` tokens without extension; the two can take turns on one memory."""
@@ -67,4 +98,5 @@ class EagerRuntime(ModuleRuntime):
             head=info.head,
             origin=info.origin,
             checkpoint_sha256=info.checkpoint_sha256,
+            packed=self.is_packed,
         )

@@ -129,8 +129,11 @@ def eager_from_checkpoint(
     device: str = "cpu",
     threads: int | None = None,
     compiled: bool = False,
+    packed: bool = True,
 ) -> tuple[EagerRuntime, Checkpoint]:
     """Open a checkpoint in PyTorch with other lengths where they are given: eager in FP32 the reference of every comparison.
+
+    `packed` is that of `EagerRuntime`.
 
     Raises:
         CheckpointError: it is damaged.
@@ -162,6 +165,7 @@ def eager_from_checkpoint(
         head=head,
         origin=str(path),
         checkpoint_sha256=checkpoint.sha256,
+        packed=packed,
     )
     claims.audit(runtime.info)
     return runtime, checkpoint

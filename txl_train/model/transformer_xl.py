@@ -17,7 +17,7 @@ from txl_train.config import ModelConfig
 from txl_train.errors import CheckpointError, ConfigError
 from txl_train.model.absolute import AbsoluteAttention, LearnedAttention
 from txl_train.model.adaptive import AdaptiveEmbedding, AdaptiveLogSoftmax, cluster_rows, has_projections
-from txl_train.model.attention import Attention, visible_keys
+from txl_train.model.attention import Attention, mask_scores, visible_keys
 from txl_train.model.memory import Memory, empty_memory
 from txl_train.model.positional import shared_positions
 from txl_train.model.relative import RelativeAttention
@@ -70,13 +70,13 @@ class DecoderLayer(nn.Module):
         memory_key_BHME: Tensor,
         memory_value_BHME: Tensor,
         position_term: Tensor,
-        visible_B1QK: Tensor,
+        mask_B1QK: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the layer's output [B, Q, D] and the keys and values [B, H, K, E] of memory and input."""
         if self.adds_positions:
             x_BQD = x_BQD + position_term[memory_key_BHME.shape[2] :]
         attended = self.attention_norm(x_BQD) if self.pre_lnorm else x_BQD
-        mixed, key_BHKE, value_BHKE = self.attention(attended, memory_key_BHME, memory_value_BHME, position_term, visible_B1QK)
+        mixed, key_BHKE, value_BHKE = self.attention(attended, memory_key_BHME, memory_value_BHME, position_term, mask_B1QK)
         x_BQD = x_BQD + self.drop(mixed)
         if self.pre_lnorm:
             x_BQD = x_BQD + self.feed_forward(self.feed_forward_norm(x_BQD))
@@ -100,9 +100,11 @@ class Decoder(nn.Module):
 
         These are the M positions of memory and input that end `ext_len` before the end, where the next input begins.
         `states` are keys and values if `kv_memory`, otherwise the hidden inputs of the layers; `position_terms` has one per layer,
-        as `TransformerXL.position_terms` returns them.
+        as `TransformerXL.position_terms` returns them. Keys and values may have K rows rather than M: see `attention.append`.
         """
         tgt_len = x_BQD.shape[1] - ext_len
+        mem_len = visible_B1QK.shape[3] - x_BQD.shape[1]
+        mask_B1QK = mask_scores(visible_B1QK)
         new_states: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             if kv_memory:
@@ -112,10 +114,10 @@ class Decoder(nn.Module):
                 memory_key, memory_value = layer.project_memory(states[i], position_terms[i])  # type: ignore[operator]
                 seen_BKD = torch.cat([states[i], x_BQD.to(states[i].dtype)], dim=1)
                 new_states.append(seen_BKD[:, tgt_len:][:, : states[i].shape[1]])
-            x_BQD, key_BHKE, value_BHKE = layer(x_BQD, memory_key, memory_value, position_terms[i], visible_B1QK)
+            x_BQD, key_BHKE, value_BHKE = layer(x_BQD, memory_key, memory_value, position_terms[i], mask_B1QK)
             if kv_memory:
-                new_states.append(key_BHKE[:, :, tgt_len:][:, :, : memory_key.shape[2]].to(memory_key.dtype))
-                new_states.append(value_BHKE[:, :, tgt_len:][:, :, : memory_key.shape[2]].to(memory_value.dtype))
+                new_states.append(key_BHKE[:, :, tgt_len:][:, :, :mem_len].to(memory_key.dtype))
+                new_states.append(value_BHKE[:, :, tgt_len:][:, :, :mem_len].to(memory_value.dtype))
         return x_BQD[:, ext_len:], new_states
 
 
@@ -235,10 +237,14 @@ class TransformerXL(nn.Module):
                 positions = drop(positions)
         return [layer.attention.position_term(positions) for layer in self.decoder_layers()]
 
-    def nll(self, hidden_BTD: Tensor, target_ids_BT: Tensor) -> Tensor:
-        """Return −log p(target), nats, float32 [B, T]."""
+    def nll(self, hidden_BTD: Tensor, target_ids_BT: Tensor, rows: list[Tensor] | None = None) -> Tensor:
+        """Return −log p(target), nats, float32 [B, T].
+
+        `rows` is what `cluster_rows` returns for the flat targets, on the device; who has it from the host need not wait for the device.
+        """
         target_ids_N = target_ids_BT.reshape(-1)
-        rows = cluster_rows(target_ids_N, self.head.cluster_ends)
+        if rows is None:
+            rows = cluster_rows(target_ids_N, self.head.cluster_ends)
         nll_N: Tensor = self.head(hidden_BTD.flatten(0, 1), target_ids_N, rows)
         return nll_N.view_as(target_ids_BT)
 

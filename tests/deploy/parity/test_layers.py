@@ -41,7 +41,7 @@ def run(artifact: Path, folder: Path, mutate: Mutation | None = None) -> tuple[P
         onnx.save(model, str(path))
         candidate = OnnxRuntime(path, candidate.info, threads=1)
     info = candidate.info
-    reference = EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN, memory=info.memory, head=info.head)
+    reference = EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN, memory=info.memory, head=info.head, packed=False)
     result = compare(reference, candidate, SEGMENTS)
     return result, bisect(reference, candidate, path, SEGMENTS, segment_to_examine(result))
 
@@ -108,7 +108,7 @@ MUTATIONS: dict[str, tuple[Mutation, str, str]] = {
     "a wrong bias in layer 1": (wrong_bias(1), "layer 1", "decoder.layers.1.feed_forward.outer/linear_"),
     "a wrong clamp in layer 0": (wrong_clamp(0), "layer 0", "decoder.layers.0.attention/matmul"),
     "a wrong clamp in layer 1": (wrong_clamp(1), "layer 1", "decoder.layers.1.attention/matmul_"),
-    "layers swapped": (swapped_layers, "layer 0", "decoder.layers.0.attention/linear_"),
+    "layers swapped": (swapped_layers, "layer 0", "decoder.layers.0.attention.qkv/linear_"),
     "cluster order reversed": (clusters_in_reverse, "head", "head/linear_"),
     "a memory of the wrong positions": (memory_one_back(1), "layer 1", "present.1.key"),
 }
@@ -178,7 +178,7 @@ def test_a_runtime_that_departs_from_its_own_graph_is_named_instead_of_a_layer(e
 
     path = exports.onnx / "model.onnx"
     candidate = Departing(path, open_artifact(exports.onnx).info, threads=1)
-    reference = EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN)
+    reference = EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN, packed=False)
     found = bisect(reference, candidate, path, SEGMENTS, 3)
     assert found.place is None
     assert "the runtime's own result does" in found.reason
@@ -196,7 +196,7 @@ def test_the_segment_looked_into_is_the_first_beyond_a_bound(exports: Exports) -
             output = self.inner.step(*tensors)
             return output._replace(nll_BT=output.nll_BT + (0.01 * self.count if self.count > 3 else 0.0))
 
-    reference = EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN)
+    reference = EagerRuntime(build_model(CONFIG), tgt_len=TGT_LEN, packed=False)
     result = compare(reference, Late(reference), SEGMENTS)  # type: ignore[arg-type]
     assert segment_to_examine(result) == 3
     faithful = compare(reference, open_artifact(exports.onnx), SEGMENTS)

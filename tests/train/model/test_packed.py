@@ -1,0 +1,60 @@
+"""Packed matrices compute what plain ones do, for every kind of model, and leave the model they are packed from as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import MODEL_CONFIGS, build_model, random_ids, small_config
+from txl_train.config import MemoryKind
+from txl_train.model.adaptive import cluster_rows
+from txl_train.model.inference import InferenceStep
+from txl_train.model.memory import best_memory_kind
+from txl_train.model.packed import PackedFeedForward, PackedLinear, PackedLogSoftmax, can_pack, in_packs
+
+pytestmark = pytest.mark.skipif(not can_pack(), reason="this PyTorch was built without oneDNN")
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 5, 8), (0, 8)])
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_packed_product_is_the_plain_one(shape: tuple[int, ...], relu: bool) -> None:
+    plain, x = torch.nn.Linear(8, 13), torch.randn(shape)
+    with torch.inference_mode():
+        expected = torch.relu(plain(x)) if relu else plain(x)
+        torch.testing.assert_close(PackedLinear(plain, relu=relu)(x), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["best", "hidden"])
+@pytest.mark.parametrize("changes", MODEL_CONFIGS.values(), ids=MODEL_CONFIGS.keys())
+def test_a_packed_step_scores_as_the_plain_one(changes: dict[str, Any], memory: str) -> None:
+    model = build_model(small_config(**changes)).eval()
+    config = model.config
+    kind: MemoryKind = best_memory_kind(config) if memory == "best" else "hidden"
+    before = {name: weight.clone() for name, weight in model.parameters_by_name().items()}
+    plain, packed = InferenceStep(model, 4, kind).eval(), InferenceStep(in_packs(model, kind), 4, kind).eval()
+    packed.head = PackedLogSoftmax(packed.head)
+    ids_BN = torch.from_numpy(random_ids(config, 2, config.ext_len + 4 * 3 + 1))
+    memories = [step.initial_memory(2) for step in (plain, packed)]
+    for start in range(0, 12, 4):
+        inputs, targets = ids_BN[:, start : start + config.ext_len + 4], ids_BN[:, start + config.ext_len + 1 :][:, :4].contiguous()
+        rows = cluster_rows(targets.reshape(-1), list(config.cluster_ends))
+        found = []
+        for i, step in enumerate((plain, packed)):
+            with torch.inference_mode():
+                nll, length, states = step(inputs, targets, rows, memories[i].length_B, memories[i].states)
+            memories[i] = memories[i]._replace(length_B=length, states=states)
+            found.append(nll)
+        torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=2e-5)
+    assert before.keys() == model.parameters_by_name().keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.parameters_by_name().items())
+    assert not any(isinstance(module, (PackedLinear, PackedFeedForward)) for module in model.modules())
+
+
+def test_what_is_not_packed_is_shared_and_what_is_packed_is_not_packed_again() -> None:
+    model = build_model(small_config(cutoffs=(5, 9))).eval()
+    packed = in_packs(model, "kv")
+    assert packed.embedding.weights[0] is model.embedding.weights[0]
+    assert packed.layers[0].get_parameter("attention_norm.weight") is model.layers[0].get_parameter("attention_norm.weight")
+    assert in_packs(packed, "kv") is packed

@@ -1,0 +1,69 @@
+"""Keys and values that are never moved: a step writes its own behind those of the memory, and the memory's window moves on.
+
+Keeping the last M positions of M + T means copying nearly all of the memory at each step, which at one token a step is most of the work.
+Here the states lie in tensors with room for more positions than a memory has. The memory is a view of M of them, the next one a view that
+begins T later, and only when there is no room left are M positions copied to new tensors. What a memory shows is never written again,
+so any memory may be continued, at any time and more than once.
+"""
+
+# Shape suffixes: B batch, H heads, M mem_len, Q tokens that a step reads, C positions that there is room for, E d_head
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from txl_train.model.memory import Memory
+
+
+class _Store:
+    """The tensors [B, H, C, E] that some memories are views of, and how many positions the newest of them reaches."""
+
+    def __init__(self, states: Sequence[Tensor], capacity: int) -> None:
+        B, H, M, E = states[0].shape
+        self.tensors = [torch.empty(B, H, capacity, E, dtype=state.dtype, device=state.device) for state in states]
+        for tensor, state in zip(self.tensors, states):
+            tensor[:, :, :M] = state
+        self.end = M
+
+
+class Windows:
+    """Knows of each memory that it has handed out where it lies.
+
+    Args:
+        mem_len: positions of a memory, M.
+        n_input: tokens that a step reads, Q: segment and extension.
+        tgt_len: positions by which a memory moves at each step.
+    """
+
+    def __init__(self, mem_len: int, n_input: int, tgt_len: int) -> None:
+        self._mem_len, self._n_input, self._tgt_len = mem_len, n_input, tgt_len
+        self._known = WeakTensorKeyDictionary()
+
+    def with_room(self, memory: Memory) -> tuple[_Store, int, list[Tensor]]:
+        """Return where the memory lies, from which position on, and its states [B, H, M + Q, E] with room for a step at their end.
+
+        A memory that came from elsewhere, was continued before, or has no room behind it is copied; the copy takes its place.
+        """
+        M, Q = self._mem_len, self._n_input
+        found: tuple[_Store, int] | None = self._known.get(memory.states[0])  # type: ignore[no-untyped-call]
+        if found is not None:
+            store, start = found
+            views = [tensor[:, :, start : start + M] for tensor in store.tensors]
+            is_newest, has_room = store.end == start + M, start + M + Q <= store.tensors[0].shape[2]
+            if is_newest and has_room and all(_is_same(state, view) for state, view in zip(memory.states, views)):
+                return store, start, [tensor[:, :, start : start + M + Q] for tensor in store.tensors]
+        store = _Store(memory.states, M + max(M, Q))
+        return store, 0, [tensor[:, :, : M + Q] for tensor in store.tensors]
+
+    def keep(self, store: _Store, start: int, states: list[Tensor]) -> None:
+        """Remember where the states that a step has returned lie: `tgt_len` behind those it was given."""
+        store.end = start + self._tgt_len + self._mem_len
+        self._known[states[0]] = (store, start + self._tgt_len)
+
+
+def _is_same(state: Tensor, view: Tensor) -> bool:
+    return state.data_ptr() == view.data_ptr() and state.shape == view.shape and state.stride() == view.stride()
