@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from txl_train.config import TrainConfig
 from txl_train.distributed import World
 from txl_train.errors import ConfigError
+from txl_train.model.adaptive import cluster_rows
 from txl_train.model.memory import Memory
 from txl_train.model.sampled import SampledSoftmax
 from txl_train.model.transformer_xl import TransformerXL
@@ -47,11 +48,16 @@ class LossModule(nn.Module):
         if compiled:
             self._compiled = torch.compile(model.forward, dynamic=dynamic)
 
-    def forward(self, input_ids_PQ: Tensor, target_ids_PT: Tensor, counted_PT: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """Return the sum of the counted targets' losses, nats, and the memory for the next segment."""
+    def forward(
+        self, input_ids_PQ: Tensor, target_ids_PT: Tensor, counted_PT: Tensor, rows: list[Tensor], memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        """Return the sum of the counted targets' losses, nats, and the memory for the next segment.
+
+        `rows` is what `cluster_rows` returns for the targets.
+        """
         hidden_PTD, memory = (self._compiled or self.model)(input_ids_PQ, memory)
         if self.sampled is None:
-            loss_PT = self.model.nll(hidden_PTD, target_ids_PT)
+            loss_PT = self.model.nll(hidden_PTD, target_ids_PT, rows)
         else:
             loss_PT = self.sampled(hidden_PTD, target_ids_PT, self.model.head)
         return (loss_PT * counted_PT).sum(), memory
@@ -108,6 +114,7 @@ class Engine:
         for parameter in model.parameters():
             if parameter.numel() == 0:  # what a plain softmax has of clusters: nothing to train, and nothing to wait for
                 parameter.requires_grad_(False)
+        self._cluster_ends = model.head.cluster_ends
         models = [model, *(copy.deepcopy(model).to(device) for device in self.devices[1:])]
         self._copies = [LossModule(each, sampled, compiled=train.compile, dynamic=train.varlen) for each in models]
         first = self._copies[0]
@@ -131,7 +138,8 @@ class Engine:
     ) -> tuple[Tensor, list[Memory]]:
         """Add the gradients of the mean loss over `n_tokens` targets of all processes; return this process' part of it, and the memories.
 
-        `batch` is input ids [B, Q], target ids [B, T] and which of these count [B, T]. The gradients that the model had must be None.
+        `batch` is input ids [B, Q], target ids [B, T] and which of these count [B, T], on the host, where the rows of the tail clusters are
+        looked up too: nothing here waits for a device. The gradients that the model had must be None.
         """
         for duplicate in self._copies[1:]:
             _copy_weights(self._copies[0], duplicate)
@@ -140,9 +148,11 @@ class Engine:
         for number, (part, memory) in enumerate(zip(self._parts, memories, strict=True)):
             device, last = self.devices[part.copy], number == len(self._parts) - 1
             with self._quiet(last=last):
+                tensors = [tensor[part.streams] for tensor in batch]
+                rows = cluster_rows(tensors[1].reshape(-1), self._cluster_ends)
+                inputs, rows = _moved(tensors, device), _moved(rows, device)
                 with precision.autocast():
-                    inputs = (tensor[part.streams].to(device, non_blocking=True) for tensor in batch)
-                    total, new_memory = self._run[part.copy](*inputs, memory)
+                    total, new_memory = self._run[part.copy](*inputs, rows, memory)
                 part_of_loss = total / n_tokens
                 precision.backward(part_of_loss * self._world.size)  # which averaging over the processes undoes
             loss += part_of_loss.detach().to(loss.device)
@@ -168,6 +178,13 @@ def device_shares(n_streams: int, n_devices: int, on_first: int | None = None) -
     if on_first > n_streams:
         raise ConfigError(f"`gpu0_bsz` must be at most the batch's {n_streams} streams, but is {on_first} instead.")
     return [on_first, *device_shares(n_streams - on_first, n_devices - 1)]
+
+
+def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Return tensors of the host on the device. From pinned memory the copies queue up behind the work under way; nobody waits for it."""
+    if device.type == "cuda":
+        tensors = [tensor.contiguous().pin_memory() for tensor in tensors]
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 @torch.no_grad()

@@ -7,20 +7,23 @@ import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from txl_train import callbacks as events
+from txl_train import parallel
 from txl_train.callbacks import Callback, LogProgress, ProgressBar, Run, StepReport, bar_text
 from txl_train.checkpoint import load_checkpoint, save_checkpoint
 from txl_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from txl_train.data.segments import SegmentIterator
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import CheckpointError, ConfigError, UsageError, ValidationError
+from txl_train.model.adaptive import cluster_rows
 from txl_train.model.transformer_xl import TransformerXL
 from txl_train.parallel import device_shares
 from txl_train.records import RunRecord
@@ -113,6 +116,67 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(chunks: int) -> None:
         one, other = whole.step(), parts.step()
         assert float(one.loss) == pytest.approx(float(other.loss), rel=1e-5)
         assert float(one.grad_norm) == pytest.approx(float(other.grad_norm), rel=1e-4)
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what would make the host wait for a device: a value that is read, a shape that depends on values."""
+
+    WAITING: ClassVar = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten.equal}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in self.WAITING:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("dtype", "reads_a_step"), [("fp32", 0), ("bf16", 0), ("fp16", 1)])
+def test_the_host_reads_losses_at_the_log_interval_and_nothing_of_the_device_between(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, reads_a_step: int
+) -> None:
+    trainer = make_trainer(dtype=dtype, optim={"clip": 0.25}, log_interval=3)
+    trainer.step()  # the optimizer's state is made
+    trainer.device = torch.device("cuda")  # as far as reading losses goes
+    with CountReads() as reads:
+
+        def on_the_host(targets: Tensor, ends: list[int]) -> list[Tensor]:
+            assert targets.device.type == "cpu"
+            with _disable_current_modes():
+                return cluster_rows(targets, ends)
+
+        monkeypatch.setattr(parallel, "cluster_rows", on_the_host)
+        counts = []
+        for _ in range(6):
+            reads.names.clear()
+            trainer.step()
+            counts.append(len(reads.names))
+
+    assert counts[0] == counts[1] == counts[3] == counts[4] == reads_a_step  # fp16's: did a gradient overflow
+    assert counts[2] == counts[5] >= 2 * 3  # loss and norm of three steps
+
+
+def test_the_counter_of_reads_sees_a_loss_that_finds_its_rows_on_the_device() -> None:
+    trainer = make_trainer()
+    with CountReads() as reads:
+        trainer.model.nll(torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64))
+    assert reads.names == ["aten.nonzero.default"] * 2
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_rows_of_the_host_give_the_loss_of_rows_of_the_device_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    def train() -> dict[str, Tensor]:
+        trainer = make_trainer(batch_chunk=chunks)
+        for _ in range(4):
+            trainer.step()
+        return weights_of(trainer)
+
+    by_host = train()
+    nll = TransformerXL.nll
+    monkeypatch.setattr(TransformerXL, "nll", lambda self, hidden, targets, rows: nll(self, hidden, targets))
+    assert_same_weights(by_host, train())
 
 
 def test_gradients_are_clipped_to_their_common_norm() -> None:

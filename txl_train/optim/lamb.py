@@ -16,6 +16,9 @@ from torch import Tensor
 
 from txl_train.errors import ConfigError
 
+_PIECE = 1 << 18
+"""Numbers of a tensor that are computed at a time on a CPU: few enough for the caches, and many for the calls they take."""
+
 
 class Lamb(torch.optim.Optimizer):
     """LAMB over all tensors at once.
@@ -29,7 +32,9 @@ class Lamb(torch.optim.Optimizer):
         max_weight_norm: |w| counts at most this much.
         bias_correction: divide the moments by 1 - beta**step as Adam does.
         trust_at_zero: trust where |w| or |u| is 0: 1 lets a tensor of zeros move, 0 never does.
-        foreach: compute all tensors together (few, large kernels) rather than one after the other; the result is the same.
+        foreach: compute all tensors together (few, large kernels: True), or one after the other as it is written in the paper (False); None
+            does what is fast: together on a GPU, on a CPU in pieces that stay in its caches, where nothing of a tensor's size is allocated.
+            The result is the same but for rounding.
 
     Raises:
         ConfigError: a hyper-parameter is out of range.
@@ -46,7 +51,7 @@ class Lamb(torch.optim.Optimizer):
         max_weight_norm: float = 10.0,
         bias_correction: bool = False,
         trust_at_zero: float = 1.0,
-        foreach: bool = True,
+        foreach: bool | None = None,
     ) -> None:
         for name, value in (
             ("lr", lr),
@@ -66,10 +71,10 @@ class Lamb(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "max_weight_norm": max_weight_norm,
             "bias_correction": bias_correction,
-            "foreach": foreach,
             "step": 0,
         }
         self._trust_at_zero = trust_at_zero  # no entry of the groups, which a checkpoint of before it lacks
+        self._foreach = foreach
         super().__init__(params, defaults)
 
     @overload
@@ -99,12 +104,15 @@ class Lamb(torch.optim.Optimizer):
                 if not state:
                     state["exp_avg"] = torch.zeros_like(weight)
                     state["exp_avg_sq"] = torch.zeros_like(weight)
-            if group["foreach"]:
-                for same in _by_device_and_dtype(weights):
+            for same in _by_device_and_dtype(weights):
+                if self._foreach or (self._foreach is None and same[0].device.type != "cpu"):
                     self._step_together(group, same)
-            else:
-                for weight in weights:
-                    self._step_one(group, weight)
+                    continue
+                for weight in same:
+                    if self._foreach is None and weight.is_contiguous():
+                        self._step_in_pieces(group, weight)
+                    else:
+                        self._step_one(group, weight)
         return loss
 
     def _step_one(self, group: dict[str, Any], weight: Tensor) -> None:
@@ -119,9 +127,35 @@ class Lamb(torch.optim.Optimizer):
         update = (mean / correction1) / ((square / correction2).sqrt() + group["eps"]) + group["weight_decay"] * weight
         weight_norm = weight.norm().clamp(max=group["max_weight_norm"])
         update_norm = update.norm()
+        weight.sub_(update * self._trust(group, weight_norm, update_norm) * group["lr"])
+
+    def _trust(self, group: dict[str, Any], weight_norm: Tensor, update_norm: Tensor) -> Tensor:
+        """Return |w| / |u|, of one tensor or several; |w| is clamped already."""
         moves = (weight_norm > 0) & (update_norm > 0)
-        trust = torch.where(moves, weight_norm / (update_norm + group["eps"]), torch.full_like(weight_norm, self._trust_at_zero))
-        weight.sub_(update * trust * group["lr"])
+        return torch.where(moves, weight_norm / (update_norm + group["eps"]), torch.full_like(weight_norm, self._trust_at_zero))
+
+    def _step_in_pieces(self, group: dict[str, Any], weight: Tensor) -> None:
+        """The same as `_step_one` for a contiguous tensor, piece by piece: every operation but the first finds its operands in the caches.
+
+        The update is computed twice, once for its norm, which takes less time than to keep it. A tensor of one piece keeps it.
+        """
+        beta1, beta2 = group["betas"]
+        assert weight.grad is not None
+        state = self.state[weight]
+        tensors = [tensor.reshape(-1).split(_PIECE) for tensor in (weight.detach(), weight.grad, state["exp_avg"], state["exp_avg_sq"])]
+        update = weight.new_empty(min(weight.numel(), _PIECE))
+        weight_norms, update_norms = [], []
+        for piece, gradient, mean, square in zip(*tensors, strict=True):
+            mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
+            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            part = _update(group, piece, mean, square, update[: len(piece)])
+            weight_norms.append(torch.linalg.vector_norm(piece))
+            update_norms.append(torch.linalg.vector_norm(part))
+        weight_norm = torch.linalg.vector_norm(torch.stack(weight_norms)).clamp(max=group["max_weight_norm"])
+        factor = self._trust(group, weight_norm, torch.linalg.vector_norm(torch.stack(update_norms))) * group["lr"]
+        for piece, _, mean, square in zip(*tensors, strict=True):
+            part = update if len(weight_norms) == 1 else _update(group, piece, mean, square, update[: len(piece)])
+            piece.sub_(part.mul_(factor))
 
     def _step_together(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         """The same as `_step_one` for many tensors of one device and dtype."""
@@ -134,18 +168,26 @@ class Lamb(torch.optim.Optimizer):
         torch._foreach_add_(means, gradients, alpha=1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        updates = list(torch._foreach_div(squares, correction2))
-        torch._foreach_sqrt_(updates)
-        torch._foreach_add_(updates, group["eps"])
-        updates = list(torch._foreach_div(torch._foreach_div(means, correction1), updates))
+        roots = list(torch._foreach_sqrt(squares if correction2 == 1.0 else torch._foreach_div(squares, correction2)))
+        torch._foreach_add_(roots, group["eps"])
+        updates = list(torch._foreach_div(means if correction1 == 1.0 else torch._foreach_div(means, correction1), roots))
+        del roots
         if group["weight_decay"]:
             torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
         weight_norms = torch.stack(list(torch._foreach_norm(weights))).clamp(max=group["max_weight_norm"])
         update_norms = torch.stack(list(torch._foreach_norm(updates)))
-        moves = (weight_norms > 0) & (update_norms > 0)
-        trusts = torch.where(moves, weight_norms / (update_norms + group["eps"]), torch.full_like(weight_norms, self._trust_at_zero))
-        torch._foreach_mul_(updates, list((trusts * group["lr"]).unbind()))
+        torch._foreach_mul_(updates, list((self._trust(group, weight_norms, update_norms) * group["lr"]).unbind()))
         torch._foreach_sub_(weights, updates)
+
+
+def _update(group: dict[str, Any], weight: Tensor, mean: Tensor, square: Tensor, out: Tensor) -> Tensor:
+    """Return `out`, filled with how far a piece would move at a learning rate and a trust of 1."""
+    correction1, correction2 = _corrections(group)
+    torch.sqrt(square if correction2 == 1.0 else torch.div(square, correction2, out=out), out=out)
+    torch.div(mean, out.add_(group["eps"]), out=out)
+    if correction1 != 1.0:
+        out.div_(correction1)
+    return out.add_(weight, alpha=group["weight_decay"]) if group["weight_decay"] else out
 
 
 def _corrections(group: dict[str, Any]) -> tuple[float, float]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from txl_train.errors import ConfigError
+from txl_train.optim import lamb
 from txl_train.optim.lamb import Lamb
 
 
-def weight_with_gradient(values: list[float], gradient: list[float]) -> nn.Parameter:
+def weight_with_gradient(values: list[Any], gradient: list[Any]) -> nn.Parameter:
     weight = nn.Parameter(torch.tensor(values))
     weight.grad = torch.tensor(gradient)
     return weight
@@ -29,8 +31,8 @@ def test_the_first_step_moves_by_lr_times_the_weights_norm() -> None:
     torch.testing.assert_close(weight.detach(), torch.tensor([3.0 - moved, 4.0 + moved]), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("foreach", [True, False])
-def test_a_weight_of_zeros_moves_with_trust_one(foreach: bool) -> None:
+@pytest.mark.parametrize("foreach", [True, False, None])
+def test_a_weight_of_zeros_moves_with_trust_one(foreach: bool | None) -> None:
     weight = weight_with_gradient([0.0, 0.0], [1.0, 1.0])
 
     Lamb([weight], lr=0.01, foreach=foreach).step()
@@ -38,8 +40,8 @@ def test_a_weight_of_zeros_moves_with_trust_one(foreach: bool) -> None:
     torch.testing.assert_close(weight.detach(), torch.full((2,), -0.01 * 0.1 / math.sqrt(0.001)), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("foreach", [True, False])
-def test_a_weight_of_zeros_never_moves_with_a_trust_of_zero_there(foreach: bool) -> None:
+@pytest.mark.parametrize("foreach", [True, False, None])
+def test_a_weight_of_zeros_never_moves_with_a_trust_of_zero_there(foreach: bool | None) -> None:
     zeros, others = weight_with_gradient([0.0, 0.0], [1.0, 1.0]), weight_with_gradient([3.0, 4.0], [1.0, -100.0])
 
     optimizer = Lamb([zeros, others], lr=0.01, trust_at_zero=0.0, foreach=foreach)
@@ -50,8 +52,8 @@ def test_a_weight_of_zeros_never_moves_with_a_trust_of_zero_there(foreach: bool)
     assert others.tolist() != [3.0, 4.0]
 
 
-@pytest.mark.parametrize("foreach", [True, False])
-def test_a_gradient_of_zeros_moves_nothing(foreach: bool) -> None:
+@pytest.mark.parametrize("foreach", [True, False, None])
+def test_a_gradient_of_zeros_moves_nothing(foreach: bool | None) -> None:
     weight = weight_with_gradient([3.0, 4.0], [0.0, 0.0])
 
     Lamb([weight], lr=0.01, foreach=foreach).step()
@@ -86,7 +88,7 @@ def test_bias_correction_makes_the_first_update_the_gradients_sign() -> None:
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.01, 0.01]), rtol=1e-4, atol=0)
 
 
-def train(foreach: bool, **settings: float | bool) -> list[Tensor]:
+def train(foreach: bool | None, **settings: float | bool) -> list[Tensor]:
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape)) for shape in [(3, 4), (5,), (1,), (2, 3, 4)]]
     weights.append(nn.Parameter(torch.zeros(4)))
@@ -102,9 +104,36 @@ def train(foreach: bool, **settings: float | bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"bias_correction": True}])
-def test_all_tensors_together_and_one_by_one_are_the_same(settings: dict[str, float | bool]) -> None:
-    for together, one_by_one in zip(train(True, **settings), train(False, **settings), strict=True):
+def test_all_tensors_together_in_pieces_and_one_by_one_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, float | bool]
+) -> None:
+    monkeypatch.setattr(lamb, "_PIECE", 8)  # the largest tensor is three of them, the second one and a half
+    for together, in_pieces, one_by_one in zip(train(True, **settings), train(None, **settings), train(False, **settings), strict=True):
         torch.testing.assert_close(together, one_by_one, rtol=1e-6, atol=1e-7)  # the order of float32 operations differs
+        torch.testing.assert_close(in_pieces, one_by_one, rtol=1e-6, atol=1e-7)
+
+
+def test_a_tensor_that_lies_across_memory_moves_as_one_that_does_not() -> None:
+    straight = weight_with_gradient([[1.0, 2.0], [3.0, 4.0]], [[1.0, -1.0], [2.0, 0.5]])
+    across = nn.Parameter(straight.detach().t().contiguous().t())
+    across.grad = straight.grad
+    assert not across.is_contiguous()
+
+    Lamb([straight, across], lr=0.01).step()
+
+    torch.testing.assert_close(across, straight, rtol=1e-6, atol=0)
+    assert straight.tolist() != [[1.0, 2.0], [3.0, 4.0]]
+
+
+def test_a_step_on_a_cpu_needs_no_memory_of_a_tensors_size() -> None:
+    weight = nn.Parameter(torch.ones(8 * lamb._PIECE))
+    weight.grad = torch.ones_like(weight)
+    optimizer = Lamb([weight], lr=0.01)
+    optimizer.step()  # makes the moments
+    with torch.profiler.profile(profile_memory=True) as profile:
+        optimizer.step()
+    allocated = [event.self_cpu_memory_usage for event in profile.events()]
+    assert 0 < max(allocated) <= 2 * 4 * lamb._PIECE
 
 
 def test_a_state_that_was_saved_continues_to_the_last_bit() -> None:
