@@ -3,8 +3,9 @@
 Runtimes read back what they can, as plain values in `RuntimeInfo.readback`, and this module judges it:
 
 * `weights`: matrices (tensors of two or more axes) of each type; vectors, such as those of the normalisations, do not count;
-* `products`: matrix products of each type that they are computed in;
+* `products`: matrix products of each type that they are computed in; those of int8 weights are of int8, whatever type the result has;
 * `nodes`: nodes of a graph on each provider, and `elsewhere` those that compute on matrices outside the provider asked for, by operator;
+* `integer_kernels`: of the products of int8 weights, how many each kernel computes;
 * `layers`: layers of an engine of each type;
 * `package`: what opened an engine;
 * `settings`: what a script or a graph says of itself.
@@ -17,6 +18,7 @@ Knows the names of types, formats and providers; opens no runtime.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 FLOATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 """What `--dtype` calls each type of floating-point numbers."""
+
+STORED = {**FLOATS, "int8": "int8"}
+"""What `--dtype` calls each type that weights are stored in."""
 
 BUILDERS = {form: builder for builder, form in BUILDER_FORMATS.items()}
 """The package that builds and runs engines of each format."""
@@ -72,15 +77,19 @@ def audit(info: RuntimeInfo, manifest: Manifest | None = None) -> None:
 
 
 def compute_type(products: Mapping[str, int], default: str = UNKNOWN) -> str:
-    """Return what `--dtype` calls the type of these products; of several types all of them, and `default` of none."""
-    return "+".join(sorted(FLOATS.get(name, name) for name, count in products.items() if count)) or default
+    """Return what `--dtype` calls the type of these products; of several types all of them, and `default` of none.
+
+    float32 beside int8 is no second type: products of attention, which have no weights, belong to what `--dtype` calls int8.
+    """
+    found = {FLOATS.get(name, name) for name, count in products.items() if count}
+    return "+".join(sorted(found - {"fp32"} if "int8" in found else found)) or default
 
 
 def count_matrices(tensors: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Return the number of matrices of each floating-point type among tensors, given as type and number of axes."""
+    """Return the number of matrices of each type of `STORED` among tensors, given as type and number of axes."""
     counts: dict[str, int] = {}
     for dtype, axes in tensors:
-        if dtype in FLOATS and axes >= 2:
+        if dtype in STORED and axes >= 2:
             counts[dtype] = counts.get(dtype, 0) + 1
     return dict(sorted(counts.items()))
 
@@ -107,13 +116,13 @@ def _weights(info: RuntimeInfo) -> Iterator[str]:
     weights = info.readback.get("weights")
     if weights is None:
         return
-    wanted = next(name for name, short in FLOATS.items() if short == info.dtype)
+    wanted = next(name for name, short in STORED.items() if short == info.dtype)
     others = {name: count for name, count in weights.items() if name != wanted}
-    # positions that are added to the inputs stay float32 as these do (`FixedStep`)
-    allowed = {"float32": _added_positions(info.config)} if info.dtype == "fp16" else {}
+    # positions that are added to the inputs stay float32 as these do (`FixedStep`); beside int8 so do embeddings and positions
+    allowed = {"float32": float(_added_positions(info.config)) if info.dtype == "fp16" else math.inf if info.dtype == "int8" else 0.0}
     if not weights.get(wanted):
         yield f"its weights are of {_listed(weights) or 'no floating-point type'} instead of {wanted}"
-    elif any(count > allowed.get(name, 0) for name, count in others.items()):
+    elif any(count > allowed.get(name, 0.0) for name, count in others.items()):
         yield f"its weights are {_listed(weights)} instead of {wanted} alone"
 
 
@@ -127,6 +136,8 @@ def _products(info: RuntimeInfo) -> Iterator[str]:
     computed = compute_type(products, info.compute)
     if computed != info.compute:
         yield f"its products are computed in {computed}, but it says {info.compute}"
+    if info.dtype == "int8" and computed != "int8":
+        yield f"its products are computed in {computed} instead of int8 ({_listed(products)})"
     if info.dtype == "fp32" and computed != "fp32":
         yield f"its products are computed in {computed} instead of fp32"
     if info.dtype == "fp16" and computed != "fp16" and not info.device.startswith("cpu"):
@@ -164,6 +175,10 @@ def _records(info: RuntimeInfo, recorded: Mapping[str, Mapping[str, int]]) -> It
     for part, found in (("weights", weights), ("products", products if info.compute == info.dtype else None)):
         if part in recorded and found and ("float16" in recorded[part]) != ("float16" in found):
             yield f"its manifest records {part} of {_listed(recorded[part])}, but there are {_listed(found)}"
+    if products:  # each integer product of the graph is one that runs: what fuses them joins none and leaves none out
+        expected, found_int8 = recorded.get("products", {}).get("int8", 0), products.get("int8", 0)
+        if "products" in recorded and expected != found_int8:
+            yield f"its manifest records {expected} products of int8, but {found_int8} run"
 
 
 def _engine_records(info: RuntimeInfo, recorded: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
@@ -195,11 +210,11 @@ def _listed(counts: Mapping[str, int]) -> str:
 # What an ONNX file stores, read without loading it: fields of protobuf messages, by the numbers that onnx.proto gives them.
 
 _GRAPH, _INITIALIZER, _DIMS, _DATA_TYPE, _EXTERNAL_DATA = 7, 5, 1, 2, 13
-_ONNX_FLOATS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
+_ONNX_TYPES = {1: "float32", 3: "int8", 10: "float16", 11: "float64", 16: "bfloat16"}
 
 
 def stored_matrices(path: Path) -> dict[str, int]:
-    """Return the number of weights with two or more axes of each floating-point type in an ONNX file, whose values are skipped.
+    """Return the number of weights with two or more axes of each type of `STORED` in an ONNX file, whose values are skipped.
 
     Raises:
         ArtifactError: it is no ONNX file.
@@ -247,7 +262,7 @@ def _tensor(file: BinaryIO, end: int) -> tuple[str, int, str]:
         elif field == _EXTERNAL_DATA:
             entry = {key: file.read(stop - file.tell()).decode() for key, stop in _fields(file, value_end)}
             location = entry.get(2, "") if entry.get(1) == "location" else location
-    return _ONNX_FLOATS.get(dtype, ""), axes, location
+    return _ONNX_TYPES.get(dtype, ""), axes, location
 
 
 def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:

@@ -31,7 +31,8 @@ MODEL_FILES: dict[str, str] = {"onnx": "model.onnx", "torchscript": "model.pt", 
 """The file that each format keeps the model in."""
 BUILDER_FORMATS: dict[str, Format] = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
 """The format of the engines that each package builds and runs."""
-Dtype = Literal["fp32", "fp16"]
+Dtype = Literal["fp32", "fp16", "int8"]
+"""Of weights and products. int8 is for graphs of ONNX alone, and never the type of states."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class Settings:
     memory: MemoryKind
     """What the memory holds: hidden states, or projected keys and values."""
     dtype: Dtype
-    """Type of the weights and of the matrix products."""
+    """Type of the weights and of the matrix products; of int8 those of linear layers, and fp32 all else."""
     memory_dtype: Dtype = "fp32"
     """Type of the states."""
     head: HeadKind = "nll"
@@ -187,6 +188,10 @@ class Manifest:
             raise ManifestError(f"`source.parent` must be there for engines and for nothing else, but `format` is {self.format}.")
         if self.engine is not None and (self.batch.max is None or self.source.parent is None or self.source.parent.format != "onnx"):
             raise ManifestError("An engine must have a largest batch, and an ONNX graph that it was built from.")
+        if self.settings.dtype == "int8" and (self.format != "onnx" or self.settings.memory_dtype != "fp32"):
+            raise ManifestError("`settings.dtype` int8 is for ONNX graphs with states of fp32.")
+        if self.settings.memory_dtype == "int8":
+            raise ManifestError("`settings.memory_dtype` must be fp32 or fp16, but is int8 instead.")
         for name in self.files:
             _check_file_name(name)
         for where, value in (

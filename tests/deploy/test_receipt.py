@@ -109,6 +109,12 @@ def test_a_difference_beyond_the_bound_of_its_precision_fails() -> None:
     assert receipt(segments=shifted(1e-4), dtype="fp16").verdict().passed
 
 
+def test_int8_may_cost_half_a_percent_of_the_perplexity_and_no_more() -> None:
+    assert receipt(segments=shifted(math.log(1.0049)), dtype="int8", compute="int8").verdict().passed
+    for wrong in (math.log(1.0051), -math.log(1.0051)):
+        assert not receipt(segments=shifted(wrong), dtype="int8", compute="int8").verdict().passed
+
+
 def test_differences_that_cancel_in_the_mean_are_no_proof_where_they_scatter() -> None:
     sums = receipt().segments
     assert sums.reference_nll_nats is not None

@@ -52,8 +52,8 @@ ENQUEUE_SHARE = 0.9
 MOST_SEGMENTS = 256
 """Segments looked at, evenly spread over the text, for how many targets lie in each cluster."""
 
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-_TORCH_TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+_TORCH_TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ def inference_bytes(
         tgt_len: targets per stream and step.
         batch_size: streams.
         memory: what the memory holds.
-        dtype: of weights and products: fp32 or fp16. Normalisations, and positions that are added to the inputs, are fp32 in any case.
+        dtype: of weights and products: fp32, fp16 or int8. Normalisations, and positions that are added to the inputs, are fp32 in any
+            case; with int8 so are embeddings, positions and biases, and each output of a layer has a scale.
         memory_dtype: of the states.
         usage: of the tail clusters: a cluster's weights are read only in the steps that have a target in it.
     """
@@ -141,7 +142,7 @@ def inference_bytes(
     lengths = 2 * 8.0 * batch_size
     states = 2.0 * state_count(config, memory) * math.prod(state_shape(config, memory, batch_size)) * _bytes_of(memory_dtype)
     n_inputs = batch_size * (config.ext_len + tgt_len)
-    gathered = float(n_inputs * config.embed_size * _bytes_of(dtype))
+    gathered = float(n_inputs * config.embed_size * _bytes_of(_beside(dtype)))
     shortlist, *tails = (cluster_bytes(config, cluster, dtype) for cluster in range(config.n_cluster + 1))
     read = shortlist + sum(share * tail for share, tail in zip(usage.used, tails))
     return ids + results + lengths + states + gathered + read + body_bytes(config, tgt_len, dtype)
@@ -153,33 +154,43 @@ def cluster_bytes(config: ModelConfig, cluster: int, dtype: str) -> float:
     To the shortlist belong the columns of the tail clusters.
     """
     width, (low, high) = config.cluster_widths[cluster], config.cluster_ends[cluster : cluster + 2]
-    n = (high - low) * (width + 1)
+    size, beside = _bytes_of(dtype), _bytes_of(_beside(dtype))
+    scales = 1 if dtype == "int8" else 0
+    n_bytes = (high - low) * (width * size + (1 + scales) * beside)
     if cluster == 0:
-        n += config.n_cluster * (width + 1)
+        n_bytes += config.n_cluster * (width + 1) * beside
     if has_projections(config) and not config.projection_is_tied(cluster):
-        n += config.d_model * width
-    return float(n * _bytes_of(dtype))
+        n_bytes += config.d_model * width * size + scales * width * beside
+    return float(n_bytes)
 
 
 def body_bytes(config: ModelConfig, tgt_len: int, dtype: str) -> float:
     """Return the size of all else that a step reads whole: layers, position terms, projections of the embedding."""
-    size, d, width = _bytes_of(dtype), config.d_model, config.n_head * config.d_head
+    size, beside, d, width = _bytes_of(dtype), _bytes_of(_beside(dtype)), config.d_model, config.n_head * config.d_head
     n_keys = config.mem_len + config.ext_len + tgt_len
-    matrices = config.n_layer * (4 * d * width + 2 * d * config.d_inner + config.d_inner + d)
+    matrices = config.n_layer * (4 * d * width + 2 * d * config.d_inner)
+    others = config.n_layer * (config.d_inner + d)  # biases, and positions
+    if dtype == "int8":
+        others += config.n_layer * (3 * width + d + config.d_inner + d)  # scales
     norms = config.n_layer * 4 * d
     added = 0  # positions that are added to the inputs
     match config.attn_type:
         case "relative":
-            matrices += config.n_layer * width * (n_keys + 1) + 2 * width * (config.n_layer if config.untie_biases else 1)
+            others += config.n_layer * width * (n_keys + 1) + 2 * width * (config.n_layer if config.untie_biases else 1)
         case "shaw":
-            matrices += config.n_layer * (config.n_head * (config.d_head + 1) * (n_keys + 1) + width)
+            others += config.n_layer * (config.n_head * (config.d_head + 1) * (n_keys + 1) + width)
         case "sinusoidal":
             added = n_keys * d
         case "learned":
             added = config.n_layer * n_keys * d
     if has_projections(config):
         matrices += d * sum(config.cluster_widths if config.div_val > 1 else config.cluster_widths[:1])
-    return float(size * matrices + 4 * (norms + added))
+    return float(size * matrices + beside * others + 4 * (norms + added))
+
+
+def _beside(dtype: str) -> str:
+    """Return the type of what is no matrix of a linear layer."""
+    return "fp32" if dtype == "int8" else dtype
 
 
 def peak_for(info: RuntimeInfo, threads: int | None = None) -> Peak:
@@ -195,7 +206,8 @@ def measure_peak(device: str, compute: str, threads: int | None = None) -> Peak:
 
     Args:
         device: `cpu`, `cuda:0`, …
-        compute: type of the products: fp32, tf32, fp16 or bf16.
+        compute: type of the products: fp32, tf32, fp16, bf16 or int8. A step of int8 multiplies in fp32 too, in attention, so its share
+            of a peak of int8 is what it would be if all of it were int8: less than what is possible.
         threads: CPU threads; None means PyTorch's present number.
 
     Raises:
@@ -210,10 +222,20 @@ def measure_peak(device: str, compute: str, threads: int | None = None) -> Peak:
 def _measured(device: str, compute: str, threads: int) -> Peak:
     where = torch.device(device)
     with _threads(threads), _rounding(compute), torch.inference_mode():
-        peak = Peak(measured_peak_flops(where, _TORCH_TYPES[compute]), _copy_rate(where))
+        flops = _integer_peak(where) if compute == "int8" else measured_peak_flops(where, _TORCH_TYPES[compute])
+        peak = Peak(flops, _copy_rate(where))
     if where.type == "cuda":
         torch.cuda.empty_cache()
     return peak
+
+
+def _integer_peak(device: torch.device) -> float:
+    """Return the operations per second on square products of int8, summed in int32; of a few sizes the best, as for other types."""
+    best = 0.0
+    for n in (256, 512, 1024, 2048):
+        a, b = (torch.ones(n, n, device=device, dtype=torch.int8) for _ in range(2))
+        best = max(best, 2.0 * n**3 / fastest_s(device, lambda a=a, b=b: torch._int_mm(a, b)))  # type: ignore[misc]
+    return best
 
 
 def _copy_rate(device: torch.device) -> float:

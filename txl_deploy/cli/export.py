@@ -50,7 +50,10 @@ TRT_FORMATS = ("trt", "trt-rtx")
     help="nll of given targets, to score text; or logits or log p of every word as the next one, to generate and to serve.",
 )
 @click.option(
-    "--dtype", type=click.Choice(["fp32", "fp16"]), help="Type of weights and matrix products.  [default: fp32; of an engine fp16]"
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    help="Type of weights and matrix products. int8: of linear layers, in ONNX for CPUs; all else stays fp32.  "
+    "[default: fp32; of an engine fp16]",
 )
 @click.option("--fp16", is_flag=True, help="The same as --dtype fp16.")
 @click.option("--memory-dtype", type=click.Choice(["fp32", "fp16"]), help="Type of the states.  [default: that of --dtype]")
@@ -134,12 +137,15 @@ def command(
 
     The folder gets the graph, the vocabulary and a manifest with the sha256 of everything. Before it gets its name, the graph is run
     on random tokens and compared with the checkpoint; if it differs, nothing is written and the exit code is 1. With fp16, the largest
-    values that real text causes are compared with what fp16 holds, and recorded.
+    values that real text causes are compared with what fp16 holds, and recorded. int8 is compared on real text where that is here; its
+    perplexity must stay within 0.5 %, which `txl eval --artifact DIR` proves of a whole split.
 
     An engine that cannot be built here is not: the folder gets a kit that builds it on its target, and the exit code is 3.
     """
-    if fp16 and dtype == "fp32":
-        raise UsageError("`--fp16` and `--dtype fp32` contradict each other.", remedy="Give one of them.")
+    if fp16 and dtype in ("fp32", "int8"):
+        raise UsageError(f"`--fp16` and `--dtype {dtype}` contradict each other.", remedy="Give one of them.")
+    if dtype == "int8" and format_name in TRT_FORMATS:
+        raise UsageError("int8 is for ONNX on a CPU, not for engines.", remedy="Use `--format onnx`, or `--dtype fp16` for the engine.")
     engine_only = {
         "--artifact": artifact,
         "--batch-range": batch_range,
@@ -164,9 +170,10 @@ def command(
         found = "is a folder" if checkpoint.is_dir() else "does not exist"
         raise UsageError(f"The checkpoint {checkpoint} {found}.", remedy="Give a file that `txl train` or `txl import` wrote.")
     chosen_dtype = dtype or ("fp16" if fp16 or format_name in TRT_FORMATS else "fp32")
-    if (data is not None or dataset is not None) and "fp16" not in (chosen_dtype, memory_dtype):
+    if (data is not None or dataset is not None) and not {"fp16", "int8"} & {chosen_dtype, memory_dtype}:
         raise UsageError(
-            "`--data` and `--dataset` are for the overflow audit of fp16, and nothing here is in fp16.", remedy="Leave them out."
+            "`--data` and `--dataset` are for the overflow audit of fp16 and the check of int8, and nothing here is in either.",
+            remedy="Leave them out.",
         )
     from txl_deploy.export import audit
     from txl_deploy.export.artifact import ExportRequest, export_artifact
@@ -185,6 +192,7 @@ def command(
         "data": data,
     }
     if artifact is not None:
+        _refuse_int8(artifact)
         head_given = head if context.get_parameter_source("head") is click.core.ParameterSource.COMMANDLINE else None
         fixed = {**changes, "head": head_given, "dtype": dtype, "fp16": fp16 or None, "keep_onnx": keep_onnx}
         for name, value in fixed.items():
@@ -196,7 +204,7 @@ def command(
     model = checkpoint or artifact
     assert model is not None
     details = [
-        chosen_dtype if chosen_dtype == "fp16" and format_name not in TRT_FORMATS else "",
+        chosen_dtype if chosen_dtype != "fp32" and format_name not in TRT_FORMATS else "",
         "" if head == "nll" else head,
         target or "",
     ]
@@ -247,7 +255,20 @@ def command(
     if exported.parity is None:
         click.echo("Not compared with the checkpoint: the package that runs it is not installed here (`txl doctor`).", err=True)
     else:
-        click.echo(f"Compared with the checkpoint over {exported.parity.n_segments} segments of random tokens: {exported.parity.reason}.")
+        click.echo(
+            f"Compared with the checkpoint over {exported.parity.n_segments} segments of {exported.checked_on}: {exported.parity.reason}."
+        )
+
+
+def _refuse_int8(artifact: Path) -> None:
+    """Refuse to build an engine from a graph of int8, whose products are made for CPUs."""
+    from txl_deploy.manifest import read_manifest
+
+    if read_manifest(artifact).settings.dtype == "int8":
+        raise UsageError(
+            f"{artifact} is int8, which is for CPUs, and no engine is built from it.",
+            remedy="Give `--checkpoint FILE`, or a graph of fp16 or fp32.",
+        )
 
 
 def _export_engine(request: EngineRequest, as_json: bool) -> None:
@@ -283,7 +304,9 @@ def _describe(exported: Exported) -> dict[str, Any]:
         "memory": manifest.settings.memory,
         "precisions": manifest.precisions,
         "audit": manifest.audit,
-        "checked": None if parity is None else {"passed": parity.passed, "max_abs_delta_nll": parity.max_abs_delta_nll},
+        "checked": None
+        if parity is None
+        else {"passed": parity.passed, "max_abs_delta_nll": parity.max_abs_delta_nll, "on": exported.checked_on},
     }
 
 

@@ -19,10 +19,11 @@ import txl_train
 from txl_deploy import manifest as manifests
 from txl_deploy.bench.environment import git_commit
 from txl_deploy.corpora import ModelData
-from txl_deploy.export.audit import audit, audit_text
+from txl_deploy.export.audit import AuditText, audit, audit_text
 from txl_deploy.export.onnx import FILE_NAME as ONNX_FILE
 from txl_deploy.export.onnx import example_arguments, export_onnx
 from txl_deploy.export.precision import onnx_precisions, require, torchscript_precisions
+from txl_deploy.export.quantize import quantize_file
 from txl_deploy.export.torchscript import FILE_NAME as TORCHSCRIPT_FILE
 from txl_deploy.export.torchscript import export_torchscript
 from txl_deploy.manifest import Dtype, Format, Manifest
@@ -58,33 +59,37 @@ class ExportRequest:
     head: HeadKind = "nll"
     dtype: Dtype = "fp32"
     memory_dtype: Dtype | None = None
-    """None takes `dtype`."""
+    """None takes `dtype`, and fp32 beside int8."""
     batch_size: int | None = None
     """The only number of streams a step takes; None means any."""
     dataset: str | None = None
     data: Path | None = None
-    """Text for the audit of fp16; None takes what the checkpoint was trained on, or random tokens where that is not here."""
+    """Text for the audit of fp16 and the check of int8; None takes what the checkpoint was trained on, or random tokens where that is not
+    here."""
     overwrite: bool = False
     command: str = "txl export"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how it compared with the checkpoint (None where its runtime is not installed here)."""
+    """What was written, and how it compared with the checkpoint (`parity` is None where its runtime is not installed here)."""
 
     directory: Path
     manifest: Manifest
     parity: ParityResult | None
+    checked_on: str = "random tokens"
+    """What the two were compared on."""
 
 
 def export_artifact(request: ExportRequest) -> Exported:
     """Export a checkpoint.
 
     Raises:
-        UsageError: the target exists.
+        UsageError: the target exists, or int8 was asked for of what cannot be int8.
         ValidationError: float16 cannot hold what the checkpoint computes; the exported graph is invalid or not of the types that were
             asked for; or it computes something else than the checkpoint.
     """
+    check_int8(request)
     check_target(request.out, overwrite=request.overwrite)
     model, checkpoint = load_model(request.checkpoint)
     model.eval()
@@ -98,13 +103,15 @@ def export_artifact(request: ExportRequest) -> Exported:
     )
     tgt_len = checkpoint.eval_tgt_len if request.tgt_len is None else request.tgt_len
     memory = request.memory or best_memory_kind(config)
-    memory_dtype = request.memory_dtype or request.dtype
-    findings = None
-    if "fp16" in (request.dtype, memory_dtype):
+    element: Dtype = "fp32" if request.dtype == "int8" else request.dtype  # of what is exported, before its layers become int8
+    memory_dtype = request.memory_dtype or element
+    findings, text = None, None
+    if "fp16" in (request.dtype, memory_dtype) or request.dtype == "int8":
         known = ModelData(checkpoint.dataset, checkpoint.vocabulary, checkpoint.data_folder)
         text = audit_text(known, config, tgt_len=tgt_len, dataset=request.dataset, data=request.data)
+    if text is not None and request.dtype != "int8":
         findings = audit(model, config, text, tgt_len=tgt_len, memory=memory, dtype=request.dtype, memory_dtype=memory_dtype)
-    step = STEPS[request.head](model, tgt_len, memory, config, dtype=TORCH_TYPES[request.dtype], memory_dtype=TORCH_TYPES[memory_dtype])
+    step = STEPS[request.head](model, tgt_len, memory, config, dtype=TORCH_TYPES[element], memory_dtype=TORCH_TYPES[memory_dtype])
     assert checkpoint.sha256 is not None  # it was loaded from a file
     source_sha256 = checkpoint.sha256
     signature = step_signature(
@@ -127,6 +134,8 @@ def export_artifact(request: ExportRequest) -> Exported:
                 "head": request.head,
             }
             files = export_onnx(step, directory, metadata, batch_size=request.batch_size)
+            if request.dtype == "int8":
+                files = quantize_file(directory)
             precisions = onnx_precisions(directory / ONNX_FILE)
             require(precisions, dtype=request.dtype, memory_dtype=memory_dtype, path=directory / ONNX_FILE)
         else:
@@ -170,17 +179,42 @@ def export_artifact(request: ExportRequest) -> Exported:
         except EnvironmentUnfitError:
             return Exported(request.out, manifest, None)
         reference = EagerRuntime(model, tgt_len=tgt_len, memory=memory, config=config, head=request.head, origin=str(request.checkpoint))
-        segments = random_segments(config, tgt_len=tgt_len, batch_size=request.batch_size or BATCH_SIZE)
+        checked_on, segments = "random tokens", random_segments(config, tgt_len=tgt_len, batch_size=request.batch_size or BATCH_SIZE)
+        if request.dtype == "int8" and text is not None and _takes(request, text):
+            facts, segments = text.description, text.segments
+            checked_on = f"{facts['dataset']} {facts['split']}" if facts["kind"] == "text" else facts["kind"]
         parity = compare(reference, runtime, segments)
         if not parity.passed:
             remedy = "constraints.txt names versions of torch, onnx and onnxruntime that work."
             if "fp16" in (request.dtype, memory_dtype):
                 remedy = f"Try `--dtype fp32 --memory-dtype fp32`; if that fails too, {remedy}"
+            if request.dtype == "int8":
+                remedy = f"Use `--dtype fp32` for this checkpoint; if that fails too, {remedy}"
             raise ValidationError(
                 f"The exported model computes something else than {request.checkpoint}: {parity.reason}. Nothing was written.",
                 remedy=remedy,
             )
-    return Exported(request.out, manifest, parity)
+    return Exported(request.out, manifest, parity, checked_on)
+
+
+def check_int8(request: ExportRequest) -> None:
+    """Raise `UsageError` for int8 of a format or with states that it is not for."""
+    if request.dtype == "int8" and request.format != "onnx":
+        raise UsageError(
+            f"int8 is for ONNX on a CPU, not for {request.format}.", remedy="Use `--format onnx`, or `--dtype fp32` or `fp16`."
+        )
+    if request.dtype == "int8" and request.memory_dtype not in (None, "fp32"):
+        raise UsageError(
+            f"Beside int8 the states stay fp32, and `--memory-dtype {request.memory_dtype}` was asked for.",
+            remedy="Leave out `--memory-dtype`.",
+        )
+    if request.memory_dtype == "int8":
+        raise UsageError("States are fp32 or fp16, never int8.", remedy="Leave out `--memory-dtype`.")
+
+
+def _takes(request: ExportRequest, text: AuditText) -> bool:
+    """Return whether the export takes as many streams as the text was cut into."""
+    return request.batch_size in (None, len(text.segments[0].input_ids_BT))
 
 
 def check_target(out: Path, *, overwrite: bool, is_ours: Callable[[Path], bool] = lambda folder: False) -> None:

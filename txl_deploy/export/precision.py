@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from txl_deploy.export.quantize import integer_layers
 from txl_deploy.signature import ELEMENTS
 from txl_train.errors import ValidationError
 
 if TYPE_CHECKING:
     import onnx
 
-PRODUCTS = ("MatMul", "Gemm")
-"""Operators of ONNX that multiply matrices: the only two in our graphs."""
+PRODUCTS = ("MatMul", "Gemm", "MatMulInteger")
+"""Operators of ONNX that multiply matrices: the only ones in our graphs. The last one is that of int8."""
 
 SENSITIVE = ("LayerNormalization", "Softmax", "LogSoftmax", "Exp", "Log", "Softplus", "ReduceSum", "ReduceMax", "ReduceMean")
 """Operators that stay float32: sums of many terms, and what is exponential."""
@@ -43,9 +44,11 @@ class Precisions:
     weight_tensors: dict[str, int]
     """The weights themselves by type."""
     products: dict[str, int]
-    """Matrix products by the type of their operands; `mixed` where these differ."""
+    """Matrix products by the type of their operands; `mixed` where these differ, and int8 for weights of int8 and inputs of uint8."""
     states: dict[str, int]
     """States that are returned, by type."""
+    linear: dict[str, int] = field(default_factory=dict)
+    """Of those products the linear layers that int8 is for, by how they multiply (`quantize.integer_layers`); empty of TorchScript."""
     problems: list[str] = field(default_factory=list)
     """What no graph of ours may have, whatever was asked for: one clause each."""
 
@@ -55,19 +58,25 @@ class Precisions:
 
 
 def require(found: Precisions, *, dtype: str, memory_dtype: str, path: Path) -> None:
-    """Compare what a file has with what was asked for (`fp32` or `fp16`).
+    """Compare what a file has with what was asked for (`fp32`, `fp16` or `int8`).
 
     Raises:
         ValidationError: naming the first thing that differs.
     """
-    product, state = ELEMENTS[dtype], ELEMENTS[memory_dtype]
+    product, state = ELEMENTS["fp32" if dtype == "int8" else dtype], ELEMENTS[memory_dtype]
+    products, weights = dict(found.products), dict(found.weights)
     problems = list(found.problems)
-    problems += [f"{n} of its matrix products are in {name}" for name, n in found.products.items() if name != product]
+    if dtype == "int8":
+        n_products, n_weights = products.pop("int8", 0), weights.pop("int8", 0)
+        problems += [f"{n} of its linear layers are in {name}" for name, n in found.linear.items() if name != "int8"]
+        if n_products == 0 or n_weights == 0:
+            problems.append("it has no integer product with weights of int8")
+    problems += [f"{n} of its matrix products are in {name}" for name, n in products.items() if name != product]
     problems += [f"{n} of its states are {name}, not {state}" for name, n in found.states.items() if name != state]
     if not found.products:
         problems.append("it has no matrix product")
-    if product == "float32" and set(found.weights) - {"float32"}:
-        problems.append(f"it has weights of {', '.join(sorted(set(found.weights) - {'float32'}))}")
+    if product == "float32" and set(weights) - {"float32"}:
+        problems.append(f"it has weights of {', '.join(sorted(set(weights) - {'float32'}))}")
     if product == "float16" and found.weights.get("float16", 0) == 0:
         problems.append("none of its weights is float16")
     if problems:
@@ -89,14 +98,15 @@ def onnx_precisions(path: Path) -> Precisions:
     for tensor in graph.initializer:
         name = _element(tensor.data_type)
         constants[tensor.name] = name
-        if tensor.dims and name in _FLOATS:
+        if tensor.dims and name in (*_FLOATS, "int8"):
             weights[name] += _product(tensor.dims)
             tensors[name] += 1
     types = _inferred_types(model) | constants
     problems = _problems(graph, types, set(constants))
-    products = Counter(_common(types.get(operand) for operand in node.input if operand) for node in graph.node if node.op_type in PRODUCTS)
+    products = Counter(_multiplied(node, types) for node in graph.node if node.op_type in PRODUCTS)
     states = Counter(types.get(value.name, "unknown") for value in graph.output if value.name.startswith(("present.", "new_mems.")))
-    return Precisions(_sorted(weights), _sorted(tensors), _sorted(products), _sorted(states), problems)
+    linear = _sorted(integer_layers(model))
+    return Precisions(_sorted(weights), _sorted(tensors), _sorted(products), _sorted(states), linear, problems)
 
 
 def torchscript_precisions(path: Path, arguments: Iterable[Any]) -> Precisions:
@@ -115,7 +125,7 @@ def torchscript_precisions(path: Path, arguments: Iterable[Any]) -> Precisions:
     with torch.inference_mode(), watch:
         states = module(*arguments)[-1]
     returned = Counter(_name(state.dtype) for state in states)
-    return Precisions(_sorted(weights), _sorted(tensors), _sorted(watch.products), _sorted(returned), sorted(watch.problems))
+    return Precisions(_sorted(weights), _sorted(tensors), _sorted(watch.products), _sorted(returned), {}, sorted(watch.problems))
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
@@ -150,7 +160,7 @@ def _problems(graph: onnx.GraphProto, types: Mapping[str, str], constants: set[s
         if all(name in fixed for name in node.input if name):
             fixed.update(node.output)
     embedded = {node.input[0]: types[node.input[0]] for node in graph.node if node.op_type == "Gather" and node.input[0] in constants}
-    multiplied = {_common(types.get(operand) for operand in node.input if operand) for node in graph.node if node.op_type in PRODUCTS}
+    multiplied = {_multiplied(node, types) for node in graph.node if node.op_type in PRODUCTS}
     for name, found in embedded.items():
         if found in _FLOATS and multiplied == {"float16"} and found != "float16":
             problems.append(f"the embedding `{name}` is {found}")
@@ -187,6 +197,14 @@ def _element(number: int) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _multiplied(node: onnx.NodeProto, types: Mapping[str, str]) -> str:
+    """Return the type that a product's operands have, as `Precisions.products` calls it; zero points are no operands."""
+    if node.op_type != "MatMulInteger":
+        return _common(types.get(operand) for operand in node.input if operand)
+    operands = tuple(types.get(operand, "unknown") for operand in node.input[:2])
+    return "int8" if operands == ("uint8", "int8") else _common(operands)
 
 
 def _common(names: Iterable[str | None]) -> str:

@@ -55,6 +55,8 @@ class Tolerance:
     """Of the mean divergence, per squared nat of the largest nll in the reference: it grows with the square of the differences."""
     swap: float
     """Of how much likelier the reference may hold its likeliest word than the candidate's, per nat of the largest nll."""
+    mean_nats: float | None = None
+    """Of the mean nll in nats, whatever that is, instead of `mean`: where a share of the perplexity was promised."""
 
     def bounds(self, *, largest_nll: float, mean_nll: float, n_compared: int) -> Bounds:
         """Return the bounds for a reference with that largest and that mean nll, nats, over so many tokens or words.
@@ -70,7 +72,7 @@ class Tolerance:
 
     def mean_bound(self, mean_nll: float) -> float:
         """Return how far from a reference's mean nll another may be, nats: nearly the relative difference of the perplexities."""
-        return self.mean * _at_least_one(mean_nll)
+        return self.mean * _at_least_one(mean_nll) if self.mean_nats is None else self.mean_nats
 
 
 def _at_least_one(nll: float) -> float:
@@ -111,6 +113,17 @@ TOLERANCES = {
     # Within what fp16 itself costs, so not found: weights of bf16 (rms 2.2e-4), encodings rounded after they were computed, a residual
     # rounded between layers, one bias wrong by 0.01, a clamp that concerns a few of the farthest distances.
     "fp16": Tolerance(token=1.5e-3, rms=2.5e-4, mean=1.5e-4, memory=1.2e-2, kl=1.6e-8, swap=5e-4),
+    # Linear layers of int8, all else float32. What was promised is the perplexity: within 0.5 %, so the mean has a bound in nats. Measured
+    # on the other figures, ONNX Runtime against FP32 eager: 18 rollouts of tiny models of random weights over 40 segments (both heads, both
+    # memories), which are the coarsest case, and WikiText-2.
+    #
+    #                                  token     rms      mean, nats  memory   divergence  swap
+    #   tiny models                    1.4e-2    1.9e-3   7.4e-3      1.7e-1   1.2e-6      1.9e-3
+    #   trained on WikiText-2          8.2e-3    1.1e-3   3.9e-4      1.6e-2   5.0e-7      4.3e-3
+    #
+    # Doubled, as the others are; the mean of WikiText-2 is that of its whole test split. 7.4e-3 nats is the mean of some 800 tokens, for
+    # which `SHORT_TEXT` allows more.
+    "int8": Tolerance(token=3e-2, rms=4e-3, mean=0.0, memory=3.5e-1, kl=3e-6, swap=1e-2, mean_nats=math.log(1.005)),
 }
 """By the dtype of weights and products, for the nll of given targets."""
 
@@ -132,4 +145,4 @@ def tolerance_for(dtype: str, head: str = "nll", memory_dtype: str = "fp32") -> 
         return None
     if dtype == "fp32":
         return tolerance if memory_dtype == "fp32" else HALF_MEMORY
-    return tolerance if head == "nll" else dataclasses.replace(tolerance, mean=2.5e-4)
+    return tolerance if head == "nll" or dtype == "int8" else dataclasses.replace(tolerance, mean=2.5e-4)

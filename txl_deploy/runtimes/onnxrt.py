@@ -36,6 +36,8 @@ from txl_train.model.memory import Memory, state_count, state_shape
 _INSTALL = "Install it with `pip install 'txl[onnx]'` (or `'txl[onnx-gpu]'` on a GPU)."
 _ELEMENTS: dict[torch.dtype, Any] = {torch.int64: np.int64, torch.float32: np.float32, torch.float16: np.float16}
 _PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "FusedMatMulActivation", "GemmFastGelu", "TransposeMatMul"}
+_INTEGER_PRODUCTS = {"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
+"""Those of int8 weights; the last two are what onnxruntime fuses a product and the scaling of its result into."""
 _PROFILED_TYPES = {"float": "float32", "double": "float64"}
 _LENGTHS = ("tgt_len", "mem_len", "ext_len", "clamp_len")
 _SETTINGS = (
@@ -228,6 +230,7 @@ def _read_back(events: Iterable[Mapping[str, Any]], provider: str) -> dict[str, 
     products: Counter[str] = Counter()
     nodes: Counter[str] = Counter()
     elsewhere: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
     for event in events:
         if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
             continue
@@ -236,10 +239,14 @@ def _read_back(events: Iterable[Mapping[str, Any]], provider: str) -> dict[str, 
         nodes[facts["provider"]] += 1
         if facts["op_name"] in _PRODUCTS:
             products.update(dtype for dtype, _ in found[:1])
+        if facts["op_name"] in _INTEGER_PRODUCTS:
+            products["int8"] += 1
+            kernels[facts["op_name"]] += 1
         if facts["provider"] != provider and any(dtype in FLOATS and len(shape) >= 2 for dtype, shape in found):
             elsewhere[facts["op_name"]] += 1
     return {
         "products": dict(sorted(products.items())),
         "nodes": dict(sorted(nodes.items())),
+        **({"integer_kernels": dict(sorted(kernels.items()))} if kernels else {}),
         **({"elsewhere": dict(sorted(elsewhere.items()))} if elsewhere else {}),
     }

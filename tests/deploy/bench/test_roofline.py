@@ -209,6 +209,20 @@ def test_the_peak_is_plausible_measured_once_and_leaves_no_setting_behind(monkey
     roofline._measured.cache_clear()
 
 
+def test_int8_has_a_peak_of_its_own() -> None:
+    assert 1e8 < measure_peak("cpu", "int8", 1).flops < 1e15
+    roofline._measured.cache_clear()
+
+
+def test_of_int8_the_matrices_are_a_quarter_and_the_positions_are_not() -> None:
+    config = small_config(n_layer=3)
+    full, small = body_bytes(config, 4, "fp32"), body_bytes(config, 4, "int8")
+    width = config.n_head * config.d_head
+    matrices = config.n_layer * (4 * config.d_model * width + 2 * config.d_model * config.d_inner)
+    scales = config.n_layer * (3 * width + config.d_model + config.d_inner + config.d_model)
+    assert small == full - 3 * matrices + 4 * scales
+
+
 def test_a_type_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="int4"):
         measure_peak("cpu", "int4")
