@@ -1,5 +1,6 @@
 # Each target does all of its own set-up in $(VENV): `make demo` and `make test` work in a fresh clone.
 #   make PYTHON=python3.12 test    another interpreter, 3.10 to 3.13
+#   make WORKLOADS=base-cpu-fp32 bench    one workload
 #   make JOBS=8 test               so many processes of tests side by side, each on one thread
 #   make GPU=v100 build            the Docker image for a V100, rather than for current GPUs
 #   make CONSTRAINTS= test         the newest versions that setup.cfg allows rather than the tested ones
@@ -12,6 +13,7 @@ CONSTRAINTS ?= constraints.txt
 DEMO_DIR ?= demo-run
 PYTEST_ARGS ?=
 JOBS ?= 2
+WORKLOADS ?=
 DOCKER ?= docker
 GPU ?= modern
 IMAGE ?= txl:$(GPU)
@@ -21,7 +23,7 @@ PACKAGING := setup.cfg pyproject.toml $(CONSTRAINTS)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint type coverage bench build interactive install clean
+.PHONY: help demo test test-fast lint type coverage bench bench-demo build interactive install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -30,7 +32,10 @@ help: ## list the targets
 demo: $(VENV)/.installed ## train, evaluate, export, check, measure and report on a small built-in corpus, in a few minutes
 	@PATH="$(abspath $(BIN)):$$PATH" benchmarks/demo.sh "$(DEMO_DIR)"
 
-bench: $(VENV)/.installed ## measure the newest demo's models long enough for a sound p99; runs the demo first where there is none
+bench: $(VENV)/.installed ## the named workloads of benchmarks/workloads against NVIDIA's way of computing: 20 minutes, 6 GiB
+	@PATH="$(abspath $(BIN)):$$PATH" python benchmarks/speed.py $(WORKLOADS)
+
+bench-demo: $(VENV)/.installed ## measure the newest demo's models long enough for a sound p99; runs the demo first where there is none
 	@PATH="$(abspath $(BIN)):$$PATH" benchmarks/bench.sh "$(DEMO_DIR)"
 
 build: ## build the Docker image for current GPUs; GPU=v100 builds the one for a V100
@@ -58,8 +63,8 @@ coverage: $(VENV)/.installed-dev ## the test suite, with the lines it does not r
 
 install: $(VENV)/.installed-dev ## everything for development, into .venv
 
-clean: ## remove .venv, caches, build products and demo runs
-	rm -rf .venv demo-run build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+clean: ## remove .venv, caches, build products, demo and benchmark runs
+	rm -rf .venv demo-run runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find txl_train txl_deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole path on a small built-in corpus, one command after the other, each shown as it is run: train, evaluate, export, prove,
 # measure, report. Everything goes into a new folder below the one that is given (demo-run). Ends at the first step that fails. Rows of the
-# benchmark that rest on too few samples or on a busy machine are marked INVALID in the report; `make bench` measures longer.
+# benchmark that rest on too few samples or on a busy machine are marked INVALID in the report; `make bench-demo` measures longer.
 set -euo pipefail
 
 base=${1:-demo-run}

@@ -6,12 +6,15 @@
 
 Each step is a `txl` command (or the tests), run as a user would; a step that this machine cannot run is recorded as skipped with
 its reason, and a failing one does not stop the others. Training is repeated with equal seed and text in every precision, compiled, and on
-two devices, and its losses must follow those of FP32. Writes `<out>/gpu_suite_<device>_<yyyymm>.json` and tables beside it.
+two devices, and its losses must follow those of FP32. Inference and training are measured against the reference's way of computing
+(`reference_bench.py`, `reference_training.py`), and each goal is written as met, MISSED or not measured. What is run stands in `gpu_plan`,
+how it is judged and shown in `gpu_tables`. Writes `<out>/gpu_suite_<device>_<yyyymm>.json` and tables beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib.util
 import json
@@ -19,193 +22,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from gpu_plan import BASE, QUICK, Export, Plan, Training, write_corpus
+from gpu_tables import Step, against_name, goal_lines, goals, summary_lines, training_name
 from running import ROOT, child_environment, device_slug, txl_command
 
+HERE = ROOT / "benchmarks"
 PARTS = ("tests", "training", "inference")
 STEP_TIMEOUT_S = 580
 ENVIRONMENT_UNFIT = 3
 """Exit code of a command that this machine cannot run."""
-
-
-@dataclass
-class Step:
-    """One command of the suite and what came of it."""
-
-    name: str
-    status: str
-    """done, failed or skipped."""
-    reason: str = ""
-    command: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    result: Any = None
-
-
-@dataclass(frozen=True)
-class Training:
-    """One training of the plan."""
-
-    name: str
-    options: tuple[str, ...]
-    batch_size: int
-    steps: int
-    processes: int = 1
-    follows: str | None = None
-    """The training whose losses it must have."""
-    left_out: str = ""
-    """Why it is not run; empty if it is."""
-
-
-@dataclass(frozen=True)
-class Export:
-    """One exported model of the plan."""
-
-    format: str
-    memory: str
-    dtype: str
-    package: str
-    """What it needs."""
-    of_onnx: bool = False
-    """Built from the ONNX graph of the same memory and type, exported before, for every GPU that the builder supports."""
-
-    @property
-    def name(self) -> str:
-        """What its steps call it."""
-        return f"{self.format}, {self.memory} memory, {self.dtype}"
-
-    @property
-    def folder(self) -> str:
-        """Where it is written."""
-        return f"{self.format}-{self.memory}-{self.dtype}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of a run."""
-
-    device: str
-    preset: list[str]
-    """Options that choose the model."""
-    vocab_size: int
-    n_tokens: int
-    trainings: tuple[Training, ...]
-    """The first one makes the checkpoint that is exported."""
-    tolerance_nats: float
-    """How far the mean loss of the last fifth of a training may lie from that of the training it follows."""
-    exports: tuple[Export, ...]
-    lengths: list[str]
-    """Options that choose the lengths of inference."""
-    bench: list[str]
-    compiled: list[str]
-    """Options of `txl bench` for the compiled step, which takes a minute or more for each batch size; empty leaves it out."""
-
-
-BASE = Plan(
-    device="cuda",
-    preset=["--config", "wt103-base"],
-    vocab_size=267_735,
-    n_tokens=3_000_000,
-    trainings=(
-        Training("fp32", ("--dtype", "fp32"), 32, 300),
-        Training("fp32 with TF32", ("--dtype", "fp32", "--tf32"), 32, 300, follows="fp32"),
-        Training("bf16", ("--dtype", "bf16"), 32, 300, follows="fp32"),
-        Training("fp16", ("--dtype", "fp16"), 32, 300, follows="fp32"),
-        Training("fp16, compiled", ("--dtype", "fp16", "--compile"), 32, 300, follows="fp32"),
-        Training("fp16, two devices", ("--dtype", "fp16"), 32, 300, processes=2, follows="fp32"),
-        Training("fp32, larger batch", ("--dtype", "fp32"), 64, 60),
-        Training("bf16, larger batch", ("--dtype", "bf16"), 64, 60),
-        Training("fp16, larger batch", ("--dtype", "fp16"), 64, 60),
-    ),
-    tolerance_nats=0.05,
-    exports=(
-        Export("torchscript", "hidden", "fp32", "torch"),
-        *(
-            export
-            for dtype in ("fp32", "fp16")
-            for export in (
-                Export("torchscript", "kv", dtype, "torch"),
-                Export("onnx", "kv", dtype, "onnxruntime"),
-                Export("trt-rtx", "kv", dtype, "tensorrt_rtx", of_onnx=True),
-            )
-        ),
-    ),
-    lengths=["--tgt-len", "64", "--mem-len", "640", "--clamp-len", "400", "--same-length"],
-    bench=["--batch-sizes", "1..32", "--duration", "3"],
-    compiled=["--batch-sizes", "1,32", "--duration", "3"],
-)
-QUICK = Plan(
-    device="cpu",
-    preset=[
-        "--n-layer",
-        "2",
-        "--d-model",
-        "32",
-        "--n-head",
-        "2",
-        "--d-head",
-        "16",
-        "--d-inner",
-        "64",
-        "--adaptive",
-        "--tgt-len",
-        "32",
-        "--mem-len",
-        "32",
-    ],
-    vocab_size=3_000,
-    n_tokens=20_000,
-    trainings=(
-        Training("fp32", ("--dtype", "fp32"), 8, 60),
-        Training("bf16", ("--dtype", "bf16"), 8, 60, follows="fp32"),
-        Training("fp32, compiled", ("--dtype", "fp32", "--compile"), 8, 60, follows="fp32", left_out="compiling takes longer than --quick"),
-        Training("fp32, two devices", ("--dtype", "fp32"), 8, 60, processes=2, follows="fp32"),
-    ),
-    tolerance_nats=0.02,
-    exports=(
-        Export("torchscript", "hidden", "fp32", "torch"),
-        Export("onnx", "kv", "fp32", "onnxruntime"),
-        Export("torchscript", "kv", "fp16", "torch"),
-        Export("trt-rtx", "kv", "fp32", "tensorrt_rtx", of_onnx=True),
-    ),
-    lengths=["--tgt-len", "16", "--mem-len", "24"],
-    bench=["--batch-sizes", "1,2", "--duration", "0.2", "--min-samples", "5", "--max-duration", "1"],
-    compiled=[],
-)
-
-
-def write_corpus(folder: Path, plan: Plan, seed: int = 1) -> None:
-    """Write text that can be learned: phrases of a book, some of them frequent, and after each few of them some word of the vocabulary.
-
-    Every word of the vocabulary comes at least once, a tenth of the tokens are drawn from all alike, the phrases' words follow Zipf's
-    law: about as many tokens as in WikiText-103 fall into the tail clusters.
-    """
-    generator = np.random.default_rng(seed)
-    n_words = plan.vocab_size - 1  # <eos> is the other token
-
-    def zipf(n: int, size: int) -> np.ndarray:
-        weights = 1.0 / np.arange(1, n + 1)
-        return generator.choice(n, size=size, p=weights / weights.sum())
-
-    lengths = generator.integers(4, 17, size=max(20, n_words // 100))
-    book = np.split(zipf(n_words, int(lengths.sum())), np.cumsum(lengths)[:-1])
-
-    def write(name: str, n_tokens: int, rare: np.ndarray) -> None:
-        drawn = iter(zipf(len(book), n_tokens // 4))
-        with open(folder / name, "w", encoding="utf-8") as file:
-            for few in np.array_split(rare, max(1, n_tokens // 50)):
-                words = np.concatenate([book[next(drawn)] for _ in range(4)] + [few])
-                file.write(" ".join(f"w{i}" for i in words) + "\n")
-
-    folder.mkdir(parents=True)
-    write("train.txt", plan.n_tokens, generator.permutation(n_words))
-    for split in ("valid", "test"):
-        n_tokens = max(plan.n_tokens // 50, 4000)
-        write(f"{split}.txt", n_tokens, generator.integers(0, n_words, n_tokens // 10))
 
 
 def measured(metrics: Path) -> dict[str, Any]:
@@ -250,12 +80,14 @@ class Suite:
         needs: Path | None = None,
         processes: int = 1,
         may_be_unfit: bool = False,
+        script: str | None = None,
     ) -> Step:
         """Run a command whose standard output is one JSON document.
 
         Args:
             requires: a package; without it the step is skipped.
             needs: a file of an earlier step; without it the step is skipped.
+            script: of this folder, which is run in the place of `txl`.
             may_be_unfit: that this machine cannot do it (exit code 3) is no failure. An engine that was built and does not run is one.
         """
         if requires is not None and importlib.util.find_spec(requires) is None:
@@ -265,7 +97,7 @@ class Suite:
         start = time.perf_counter()
         try:
             finished = subprocess.run(
-                txl_command(command, processes),
+                txl_command(command, processes) if script is None else [sys.executable, str(HERE / script), *command],
                 cwd=ROOT,
                 env=self.environment,
                 capture_output=True,
@@ -323,7 +155,7 @@ class Suite:
         """Train in every way of the plan, and compare the losses of those that must be alike."""
         figures: dict[str, dict[str, Any]] = {}
         for training in trainings:
-            name = f"train {training.name}, batch {training.batch_size}"
+            name, script = training_name(training), None if training.opponent is None else "reference_training.py"
             if training.left_out:
                 self._keep(Step(name, "skipped", training.left_out))
                 continue
@@ -335,7 +167,7 @@ class Suite:
             evaluation = ["--eval-interval", steps, "--eval-max-steps", "4", "--eval-batch-size", "8", "--log-interval", "5"]
             options = ["--dataset", "wt103", "--data", str(self.work / "data"), "--device", self.plan.device, *training.options]
             command = ["train", *self.plan.preset, *options, *lengths, *evaluation, "--work-dir", str(folder), "--json"]
-            step = self.run(name, command, processes=training.processes, may_be_unfit=True)
+            step = self.run(name, command, processes=training.processes, may_be_unfit=True, script=script)
             if step.status == "done":
                 step.result["measured"] = figures[training.name] = measured(folder / "metrics.jsonl")
             for checkpoint in folder.glob("*.pt"):
@@ -399,6 +231,7 @@ class Suite:
                 self.run(name, [*bench, "--runtimes", "compiled", *plan.compiled], needs=checkpoint, may_be_unfit=True)
             else:
                 self._keep(Step(name, "skipped", "compiling takes longer than --quick"))
+        self.run_against(source, artifacts.get(plan.against.dtype, []), checkpoint)
         name = f"latency on {self.n_devices} devices at once"
         if self.n_devices > 1:
             sizes = ["--batch-sizes", str(4 * self.n_devices), "--duration", "3"]
@@ -411,6 +244,15 @@ class Suite:
             Step("engines of tensorrt", "skipped", "not on this machine's index: `txl export --format trt` builds them on their GPU")
         )
 
+    def run_against(self, source: list[str], artifacts: list[str], checkpoint: Path) -> None:
+        """Measure our runtimes and exports taking turns with the reference's TorchScript, one batch size after the other."""
+        against, device = self.plan.against, ["--device", self.plan.device, "--accept-invalid", "--json"]
+        runtimes = ["--dtype", against.dtype, "--runtimes", f"{against.runtimes},reference"]
+        lengths = [] if artifacts else self.plan.lengths
+        for size in against.batch_sizes:
+            options = [*runtimes, *lengths, *device, "--batch-sizes", str(size), *against.options, *artifacts]
+            self.run(against_name(self.plan, size), ["bench", *source, *options], needs=checkpoint, script="reference_bench.py")
+
     def export_command(self, export: Export, source: list[str], out: Path) -> list[str]:
         """Return the command that writes one exported model."""
         options = ["--format", export.format, "--out", str(out), "--json"]
@@ -418,56 +260,6 @@ class Suite:
             graph = self.work / Export("onnx", export.memory, export.dtype, "").folder
             return ["export", "--artifact", str(graph), "--target", "portable", *options]
         return ["export", *source, "--memory", export.memory, "--dtype", export.dtype, *self.plan.lengths, *options]
-
-
-def summary_lines(steps: list[Step]) -> Iterator[str]:
-    """Yield the record as Markdown: every step, training, what follows what, the latency table."""
-    yield "| step | status | seconds | reason |"
-    yield "|---|---|---:|---|"
-    for step in steps:
-        yield f"| {step.name} | {step.status} | {step.seconds:.1f} | {step.reason} |"
-    trained = [step for step in steps if step.name.startswith("train ") and step.status == "done"]
-    if trained:
-        yield ""
-        yield "Training: tokens/s without the first fifth of the steps; MFU is the share of the peak that was measured on matrix products."
-        yield ""
-        yield "| training | steps | tokens/s | MFU | peak memory GiB | loss, last fifth (nats) | loss scale | valid nll (nats) |"
-        yield "|---|---:|---:|---:|---:|---:|---:|---:|"
-        for step in trained:
-            figures, valid = step.result["measured"], (step.result["valid"] or {}).get("nll_nats_per_token", float("nan"))
-            share, scale, held = figures["model_flops_utilisation"], figures["loss_scale"], figures["peak_memory_bytes"]
-            cells = [
-                step.name[6:],
-                f"{step.result['steps']}",
-                f"{figures['tokens_per_s']:,.0f}",
-                "–" if share is None else f"{share:.1%}",
-                "–" if held is None else f"{held / 2**30:.2f}",
-                f"{figures['loss_last_fifth']:.4f}",
-                "–" if scale is None else f"{scale:g}",
-                f"{valid:.3f}",
-            ]
-            yield f"| {' | '.join(cells)} |"
-    compared = [step for step in steps if " follows " in step.name and step.result]
-    if compared:
-        yield ""
-        yield "| mean loss of the last fifth | difference (nats) | allowed | the loss fell by (nats) |"
-        yield "|---|---:|---:|---:|"
-        for step in compared:
-            yield f"| {step.name} | {step.result['difference']:+.4f} | {step.result['tolerance']} | {step.result['learned']:.3f} |"
-    rows: list[dict[str, Any]] = [
-        row for step in steps if step.name.startswith("latency table") and step.result for row in step.result["rows"]
-    ]
-    if rows:
-        yield ""
-        yield "| runtime | dtype | memory | batch size | n | p50 ms | p99 ms | tokens/s | of the roofline | perplexity | verified | valid |"
-        yield "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|---|"
-        for row in rows:
-            name = f"{row['runtime']} ({row['provider']}) | {row['dtype']} | {row['memory']}"
-            latency = f"{row['n']} | {row['latency_ms_p50']:.3f} | {row['latency_ms_p99']:.3f}"
-            roofline = row["roofline"]
-            share = "–" if roofline is None else f"{roofline['share_of_peak']:.1%} ({roofline['bound']})"
-            proved = f"{row['perplexity']:.3f} | {row['verified']} | {row['valid']}"
-            yield f"| {name} | {row['batch_size']} | {latency} | {row['tokens_per_s']:,.0f} | {share} | {proved} |"
 
 
 def main() -> int:
@@ -487,9 +279,10 @@ def main() -> int:
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("There is no GPU that PyTorch can use. Nothing was measured; `--quick --device cpu` tries the suite itself.", file=sys.stderr)
+        skipped = [dataclasses.replace(goal, outcome="not measured: there is no GPU") for goal in goals(BASE, [], "no GPU")]
+        print("\n".join(goal_lines(skipped)), file=sys.stderr)
         return 3
-    sizes = QUICK if arguments.quick else BASE
-    plan = Plan(**{**sizes.__dict__, "device": arguments.device})
+    plan = dataclasses.replace(QUICK if arguments.quick else BASE, device=arguments.device)
     environment = describe_environment(threads=torch.get_num_threads(), device="cuda:0" if plan.device == "cuda" else "cpu")
     with tempfile.TemporaryDirectory(prefix="txl-gpu-suite-") as folder:
         suite = Suite(plan, Path(folder), n_devices=torch.cuda.device_count() if plan.device == "cuda" else 2)
@@ -499,10 +292,17 @@ def main() -> int:
     part = "" if set(parts) == set(PARTS) else "_" + "_".join(part for part in PARTS if part in parts)
     name = f"gpu_suite_{device_slug(device_name, None)}{'_quick' if arguments.quick else ''}{part}_{today:%Y%m}"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    record = {"measured_at": today.isoformat(timespec="seconds"), "device": device_name, "environment": environment, "plan": asdict(plan)}
+    record: dict[str, Any] = {
+        "measured_at": today.isoformat(timespec="seconds"),
+        "device": device_name,
+        "environment": environment,
+        "plan": asdict(plan),
+    }
+    judged = goals(plan, suite.steps, device_name)
+    record["goals"] = [asdict(goal) for goal in judged]
     text = json.dumps({**record, "steps": [asdict(step) for step in suite.steps]}, indent=1).replace(folder, "WORK")
     (arguments.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    table = "\n".join(summary_lines(suite.steps)).replace(folder, "WORK")
+    table = "\n".join([*goal_lines(judged), "", *summary_lines(suite.steps)]).replace(folder, "WORK")
     head = f"# GPU suite on {device_name}, {today:%Y-%m-%d}\n\nMade by `python benchmarks/gpu_suite.py`; all figures: `{name}.json`.\n\n"
     (arguments.out / f"{name}.md").write_text(head + table + "\n", encoding="utf-8")
     print(arguments.out / f"{name}.md")
