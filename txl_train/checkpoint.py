@@ -154,16 +154,16 @@ def load_model(
 ) -> tuple[TransformerXL, Checkpoint]:
     """Build the model of a checkpoint, in evaluation mode on the CPU, with other lengths where given (see `with_lengths`).
 
+    The model's weights are the checkpoint's own tensors.
+
     Raises:
         UsageError, CheckpointError: as `load_checkpoint`; also if the weights do not fit the configuration.
         ConfigError: the lengths are impossible.
     """
     checkpoint = load_checkpoint(path)
     config = with_lengths(checkpoint.model_config, mem_len=mem_len, clamp_len=clamp_len, same_length=same_length)
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten: leave the caller's generator alone
-        model = TransformerXL(config)
     try:
-        model.load_parameters(checkpoint.model)
+        model = TransformerXL.from_parameters(config, checkpoint.model)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.message}", remedy=_WRITE_AGAIN) from error
     return model.eval(), checkpoint

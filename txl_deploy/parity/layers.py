@@ -273,9 +273,9 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").removesuffix("_")  # one in place is the same operation, of which a graph knows nothing
         if name in OPERATIONS and isinstance(result, Tensor):
-            self.results[self.modules[-1], name].append(result)
+            self.results[self.modules[-1], name].append(result.clone())  # another in place may follow
         return result
 
 

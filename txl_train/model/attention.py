@@ -69,6 +69,7 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.d_head = config.d_head
         self.scale = config.d_head**-0.5
+        self.scores_at_once = 0  # if not 0, only as many streams at a time as have so many scores: see `packed.in_packs`
         width = config.n_head * config.d_head
         self.qkv = nn.Linear(config.d_model, 3 * width, bias=False)
         self.add_submodules(config)
@@ -112,8 +113,21 @@ class Attention(nn.Module):
         key_BHKE = append(memory_key_BHME, self.split_heads(key), mask_B1QK.shape[3])
         value_BHKE = append(memory_value_BHME, self.split_heads(value), mask_B1QK.shape[3])
 
-        scores_BHQK = self.scores(query, key_BHKE, position_term).float() + mask_B1QK
+        B, n_scores = x_BQD.shape[0], self.n_head * mask_B1QK.shape[2] * mask_B1QK.shape[3]
+        if self.scores_at_once > 0 and B * n_scores > self.scores_at_once:
+            some = max(1, self.scores_at_once // n_scores)
+            parts: list[Tensor] = []
+            for b in range(0, B, some):
+                streams = slice(b, b + some)
+                parts.append(self.mix(query[streams], key_BHKE[streams], value_BHKE[streams], position_term, mask_B1QK[streams]))
+            mixed_BQW = torch.cat(parts)
+        else:
+            mixed_BQW = self.mix(query, key_BHKE, value_BHKE, position_term, mask_B1QK)
+        return self.output(mixed_BQW), key_BHKE, value_BHKE
+
+    def mix(self, query_BQW: Tensor, key_BHKE: Tensor, value_BHKE: Tensor, position_term: Tensor, mask_B1QK: Tensor) -> Tensor:
+        """Return the values mixed by the softmax of the scores, [B, Q, W]."""
+        scores_BHQK = self.scores(query_BQW, key_BHKE, position_term).float().add_(mask_B1QK)
         weights_BHQK = self.drop_weights(torch.softmax(scores_BHQK, dim=-1).to(value_BHKE.dtype))
         mixed_BHQE = torch.matmul(weights_BHQK, value_BHKE)
-        mixed_BQW = mixed_BHQE.transpose(1, 2).reshape(x_BQD.shape[0], x_BQD.shape[1], self.n_head * self.d_head)
-        return self.output(mixed_BQW), key_BHKE, value_BHKE
+        return mixed_BHQE.transpose(1, 2).reshape(query_BQW.shape[0], query_BQW.shape[1], self.n_head * self.d_head)

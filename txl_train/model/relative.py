@@ -55,4 +55,4 @@ class RelativeAttention(Attention):
         position_query_NHE = (query_BQW.reshape(B * Q, self.n_head, self.d_head) + self.position_bias) * self.scale
         by_distance_HNC = torch.matmul(position_query_NHE.transpose(0, 1), position_term)
         position_scores_BHQK = rel_shift(by_distance_HNC.view(self.n_head, B, Q, C)).transpose(0, 1)
-        return content_scores_BHQK + position_scores_BHQK
+        return content_scores_BHQK.add_(position_scores_BHQK)  # in place: no other large tensor to be had and given back

@@ -9,6 +9,8 @@ states; the loss is a separate head. Its layers run in `Decoder`, which takes ei
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -272,6 +274,26 @@ class TransformerXL(nn.Module):
         Raises:
             CheckpointError: a weight is missing, unknown or of another shape; nothing has been copied then.
         """
+        own = self._fitting(parameters)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(parameters[name])
+
+    @classmethod
+    def from_parameters(cls, config: ModelConfig, parameters: dict[str, Tensor]) -> TransformerXL:
+        """Return a model that has these tensors for weights, not copies of them; no weight is drawn.
+
+        Raises:
+            ConfigError: as the constructor.
+            CheckpointError: as `load_parameters`.
+        """
+        with torch.device("meta"):
+            shapes = cls(config)
+        memo = {id(own): nn.Parameter(parameters[name].to(own.dtype)) for name, own in shapes._fitting(parameters).items()}
+        return copy.deepcopy(shapes, memo=dict[int, object](memo))  # which keeps tied weights tied
+
+    def _fitting(self, parameters: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+        """Return the own weights by name, if those given have the same names and shapes."""
         own = dict(self.named_parameters())
         missing, unknown = sorted(own.keys() - parameters.keys()), sorted(parameters.keys() - own.keys())
         if missing or unknown:
@@ -279,6 +301,4 @@ class TransformerXL(nn.Module):
         for name, parameter in own.items():
             if parameter.shape != parameters[name].shape:
                 raise CheckpointError(f"Weight `{name}` must have shape {list(parameter.shape)}, but has {list(parameters[name].shape)}.")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(parameters[name])
+        return own

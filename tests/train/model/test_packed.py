@@ -58,3 +58,17 @@ def test_what_is_not_packed_is_shared_and_what_is_packed_is_not_packed_again() -
     assert packed.embedding.weights[0] is model.embedding.weights[0]
     assert packed.layers[0].get_parameter("attention_norm.weight") is model.layers[0].get_parameter("attention_norm.weight")
     assert in_packs(packed, "kv") is packed
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 2 * 4 * 11 * 2, 10**9])
+def test_streams_taken_some_at_a_time_are_scored_as_all_at_once(scores_at_once: int) -> None:
+    model = build_model(small_config(cutoffs=(5, 9))).eval()
+    step = InferenceStep(model, 4).eval()
+    ids_BT = torch.from_numpy(random_ids(model.config, 5, 4))
+    memory = step.initial_memory(5)
+    arguments = (ids_BT, ids_BT, cluster_rows(ids_BT.reshape(-1), list(model.config.cluster_ends)), memory.length_B, memory.states)
+    with torch.inference_mode():
+        expected = step(*arguments)[0]
+        for layer in model.decoder_layers():
+            layer.attention.scores_at_once = scores_at_once
+        torch.testing.assert_close(step(*arguments)[0], expected, atol=1e-5, rtol=1e-5)

@@ -326,3 +326,22 @@ def test_a_model_without_a_vocabulary_size_is_refused() -> None:
 def test_a_model_that_learns_no_position_is_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match="`position_rows` must be 1 or more"):
         TransformerXL(small_config(attn_type=kind))
+
+
+@pytest.mark.parametrize("changes", MODEL_CONFIGS.values(), ids=MODEL_CONFIGS.keys())
+def test_a_model_made_from_weights_has_these_very_tensors_and_its_ties(changes: dict[str, Any]) -> None:
+    drawn = TransformerXL(small_config(**changes))
+    weights = drawn.parameters_by_name()
+    before = torch.get_rng_state()
+    made = TransformerXL.from_parameters(drawn.config, weights)
+    assert torch.equal(torch.get_rng_state(), before), "a weight was drawn"
+    assert {name: weight.data_ptr() for name, weight in made.named_parameters()} == {n: w.data_ptr() for n, w in weights.items()}
+    assert all(weight.requires_grad for weight in made.parameters())
+
+
+def test_a_model_is_not_made_from_weights_that_do_not_fit() -> None:
+    drawn = TransformerXL(small_config())
+    weights = drawn.parameters_by_name()
+    del weights["layers.0.attention.qkv.weight"]
+    with pytest.raises(CheckpointError, match=r"missing \['layers.0.attention.qkv.weight'\]"):
+        TransformerXL.from_parameters(drawn.config, weights)
