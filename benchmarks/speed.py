@@ -2,13 +2,16 @@
 
     python benchmarks/speed.py                                       # every workload: some 20 minutes on two cores, 6 GiB of memory
     python benchmarks/speed.py base-cpu-fp32 --work-dir runs/speed   # one; checkpoint, exports and receipts stay for the next time
+    python benchmarks/speed.py wikitext2-cpu --checkpoint W/checkpoint_best.pt --data wikitext-2      # a trained model
+    python benchmarks/speed.py base-cpu-fp32 --profile               # and where the time goes, by kind of operator
     python benchmarks/speed.py --quick --out /tmp/x                  # a small model: does the script itself work?
 
-Each is a run of `reference_bench.py`, which is `txl bench` with the opponent as one runtime more: exports need a receipt, all read the same
-text with a full memory, and the perplexities of all timed steps are compared. The ratio is that of median latencies by pairs of turns,
-with its 95 % interval; a goal that is not reached is written as MISSED. Weights are random and the text is drawn, since neither changes how
-long a step takes; what share of the targets lies in each tail cluster does, and is that of WikiText-103, rounded. Writes <out>.json with
-every sample, the machine and the versions, and <out>.md.
+Each batch size is a run of `reference_bench.py`, which is `txl bench` with the opponent as one runtime more: exports need a receipt, all
+read the same text with a full memory, and the perplexities of all timed steps are compared. The ratio is that of median latencies by
+pairs of turns, with its 95 % interval; a goal that is not reached is written as MISSED, and a row that is INVALID by its own verdict is
+called so. The peak is measured before and after each run, and the larger one counts. Weights are random and the text is drawn, since
+neither changes how long a step takes; what share of the targets lies in each tail cluster does, and was chosen to resemble English.
+Writes <out>.json with every sample, the machine and the versions, and <out>.md.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import json
 import subprocess
 import sys
@@ -25,21 +29,32 @@ from typing import Any
 
 import export_base
 import numpy as np
+import torch
 import yaml
 from running import ROOT, child_environment, device_slug, txl_command, without_folders
+from speed_tables import Measured, judge, profile_table, table
 
-from txl_deploy.bench.compare import LEAST_TURNS, Ratio, compare_paired
+from txl_deploy.bench.compare import LEAST_TURNS
 from txl_deploy.bench.environment import describe_environment
-from txl_deploy.bench.result import BenchResult, Row
-from txl_deploy.bench.roofline import measure_peak
-from txl_deploy.bench.stats import percentile
-from txl_train.errors import ConfigError, TxlError, ValidationError, nearest
-from txl_train.files import write_json
+from txl_deploy.bench.result import BenchResult
+from txl_deploy.cli.bench_contenders import RUNTIMES
+from txl_train.errors import ConfigError, TxlError, UsageError, ValidationError, nearest
+from txl_train.files import file_sha256, write_json
+from txl_train.flops import measured_peak_flops
 
 FOLDER = Path(__file__).resolve().parent
 SHARES = (0.88, 0.05, 0.055, 0.015)
 """Of the targets, in the shortlist and in each tail cluster."""
 SIZES = {"base": export_base.BASE, "quick": export_base.QUICK}
+GIVEN = "given"
+"""The `model` of a workload whose checkpoint and text the user names."""
+ALLOWED = {
+    "model": (*SIZES, GIVEN),
+    "baseline": ("reference", "reference-eager"),
+    "runtimes": RUNTIMES,
+    "exports": ("fp32", "fp16", "int8"),
+}
+"""What a workload may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +63,20 @@ class Run:
 
     batch_size: int
     samples: int
-    ratio: float
-    """How many times as fast as the baseline the best of ours is to be, by median latency."""
+    ratio: float | None = None
+    """How many times as fast as the baseline the best of ours is to be, by median latency; None where nothing is promised."""
     peak_share: float | None = None
     """What share of the machine's measured matrix products it is to reach, by the step's arithmetic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """The lengths that a workload may set."""
+
+    tgt_len: int | None = None
+    mem_len: int | None = None
+    clamp_len: int | None = None
+    same_length: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +87,13 @@ class Workload:
     what: str
     model: str
     lengths: dict[str, Any]
+    """`tgt_len`, `mem_len`, `clamp_len` in tokens, and `same_length`; those left out are the model's own."""
     threads: int
     baseline: str
     runtimes: list[str]
     exports: list[str]
-    n_tokens: int
+    n_tokens: int | None = None
+    """Of the text that is drawn; None where it is given."""
     runs: list[Run]
 
 
@@ -74,12 +101,18 @@ def read_workload(path: Path) -> Workload:
     """Read a workload.
 
     Raises:
-        ConfigError: there is no such file, or a key is missing or unknown.
+        ConfigError: there is no such file, a key is missing or unknown, or what it names does not exist.
     """
     if not path.is_file():
         known = sorted(file.stem for file in path.parent.glob("*.yaml"))
         raise ConfigError(f"There is no workload {path.stem}.{nearest(path.stem, known)}", remedy=f"There is {', '.join(known)}.")
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key, names in ALLOWED.items():
+        named = values.get(key, [])
+        for name in [named] if isinstance(named, str) else named:
+            if name not in names:
+                raise ConfigError(f"{path.name}: there is no `{key}` {name}.{nearest(name, names)}", remedy=f"There is {', '.join(names)}.")
+    _checked(values.get("lengths", {}), Lengths, path)
     return Workload(**{**_checked(values, Workload, path), "runs": [Run(**_checked(run, Run, path)) for run in values["runs"]]})
 
 
@@ -96,7 +129,7 @@ def _checked(values: dict[str, Any], kind: type[Any], path: Path) -> dict[str, A
 
 def smaller(workload: Workload) -> Workload:
     """Return the same with a small model and few samples."""
-    tgt_len = 1 if workload.lengths["tgt_len"] == 1 else export_base.TGT_LEN["quick"]
+    tgt_len = 1 if workload.lengths.get("tgt_len") == 1 else export_base.TGT_LEN["quick"]
     config = export_base.QUICK
     lengths = {"tgt_len": tgt_len, "mem_len": config.mem_len, "clamp_len": config.clamp_len, "same_length": config.same_length}
     runs = [dataclasses.replace(run, samples=LEAST_TURNS) for run in workload.runs[:1]]
@@ -104,64 +137,114 @@ def smaller(workload: Workload) -> Workload:
 
 
 class Bench:
-    """The folder with checkpoint, text and exports, and what is run in it."""
+    """The folder with checkpoint, text and exports, and what is run in it.
 
-    def __init__(self, work_dir: Path) -> None:
+    Args:
+        work_dir: what is made stays here for the next time.
+        given: checkpoint and folder of the text for the workloads that ask for them.
+    """
+
+    def __init__(self, work_dir: Path, given: tuple[Path, Path] | None = None) -> None:
         self.work_dir = work_dir
+        self.given = given
 
-    def txl(self, arguments: list[str], done_if: Path | None = None) -> None:
+    def txl(self, arguments: list[str], done_if: Path) -> None:
         """Run `txl`, unless what it makes is there already. Raises ValidationError if it fails."""
-        if done_if is None or not done_if.exists():
+        if not done_if.exists():
             self.run(txl_command(arguments))
 
-    def run(self, command: list[str], allowed: tuple[int, ...] = (0,)) -> None:
-        """Run a command; its own messages are shown. Raises ValidationError if it ends otherwise than allowed."""
+    def run(self, command: list[str]) -> None:
+        """Run a command; its own messages are shown. Raises ValidationError if it fails."""
         code = subprocess.run(command, cwd=ROOT, env=child_environment(), stdout=subprocess.DEVNULL, check=False).returncode
-        if code not in allowed:
+        if code:
             raise ValidationError(f"`{' '.join(command[-8:])}` ended with {code}.")
 
     def checkpoint(self, size: str) -> Path:
-        """Return the checkpoint of random weights, written if it is not there."""
+        """Return the checkpoint: the one given, or one of random weights, written if it is not there."""
+        if size == GIVEN:
+            assert self.given is not None, "checked by main"
+            return self.given[0]
         folder = self.work_dir / size
         if not (folder / "checkpoint.pt").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             export_base.write_base_checkpoint(folder, size=size)
         return folder / "checkpoint.pt"
 
-    def text(self, size: str, n_tokens: int) -> Path:
-        """Return the folder of a text of the vocabulary's words, in lines of 25."""
-        folder = self.work_dir / size / f"text-{n_tokens}"
+    def text(self, workload: Workload) -> list[str]:
+        """Return the options that name the text: the one given, or words of the vocabulary in lines of 25, written if not there."""
+        if workload.model == GIVEN:
+            assert self.given is not None, "checked by main"
+            return ["--data", str(self.given[1])]
+        n_tokens = workload.n_tokens
+        assert n_tokens is not None, "a model of random weights reads a text that is drawn"
+        folder = self.work_dir / workload.model / f"text-{n_tokens}"
         if not (folder / "test.txt").is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            ids = draw_ids(SIZES[size].cluster_ends, n_tokens)
+            ids = draw_ids(SIZES[workload.model].cluster_ends, n_tokens)
             lines = [" ".join(f"word{i - 2}" for i in ids[k : k + 25]) for k in range(0, n_tokens, 25)]
             for split in ("train", "valid", "test"):
                 (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return folder
+        return ["--data", str(folder), "--dataset", "text"]
 
-    def measure(self, workload: Workload) -> list[BenchResult]:
+    def export(self, workload: Workload, dtype: str) -> Path:
+        """Return the export with its receipt, made unless this very code has made it from this checkpoint before."""
+        checkpoint, text = self.checkpoint(workload.model), self.text(workload)
+        key = hashlib.sha256(repr((file_sha256(checkpoint), code_sha256(), text, workload.lengths)).encode()).hexdigest()[:8]
+        out = self.work_dir / workload.model / f"onnx-{dtype}-{key}"
+        options = ["--format", "onnx", "--dtype", dtype, "--out", str(out), *_options(workload.lengths)]
+        self.txl(["export", "--checkpoint", str(checkpoint), *options], done_if=out)
+        proof = ["eval", "--artifact", str(out), "--checkpoint", str(checkpoint), *text, "--batch-size", "4"]
+        self.txl([*proof, "--threads", str(workload.threads)], done_if=out / "receipt.json")
+        return out
+
+    def measure(self, workload: Workload, *, with_profile: bool = False) -> list[Measured]:
         """Export what is missing, prove it, and measure each batch size by turns with the baseline."""
-        checkpoint, text = self.checkpoint(workload.model), self.text(workload.model, workload.n_tokens)
-        lengths = _options(workload.lengths)
-        artifacts: list[str] = []
-        for dtype in workload.exports:
-            out = self.work_dir / workload.model / f"onnx-{dtype}-{workload.lengths['tgt_len']}"
-            export = ["export", "--checkpoint", str(checkpoint), "--format", "onnx", "--dtype", dtype, "--out", str(out), *lengths]
-            self.txl(export, done_if=out)
-            proof = ["eval", "--artifact", str(out), "--checkpoint", str(checkpoint), "--data", str(text), "--dataset", "text"]
-            self.txl([*proof, "--batch-size", "4", "--threads", str(workload.threads)], done_if=out / "receipt.json")
-            artifacts += ["--artifact", str(out)]
-        results = []
+        checkpoint, text = self.checkpoint(workload.model), self.text(workload)
+        exports = {dtype: self.export(workload, dtype) for dtype in workload.exports}
+        folder = self.work_dir / workload.model
+        folder.mkdir(parents=True, exist_ok=True)
+        threads = ["--threads", str(workload.threads)]
+        found = []
         for run in workload.runs:
-            out = self.work_dir / workload.model / f"{workload.name}-{run.batch_size}.json"
+            out = folder / f"{workload.name}-{run.batch_size}.json"
             options = ["--runtimes", ",".join([*workload.runtimes, workload.baseline]), "--batch-sizes", str(run.batch_size)]
             options += ["--min-samples", str(run.samples), "--max-samples", str(run.samples), "--max-duration", "600"]
-            options += [] if artifacts else lengths
-            options += ["--data", str(text), "--dataset", "text", "--device", "cpu", "--threads", str(workload.threads)]
-            command = [sys.executable, str(FOLDER / "reference_bench.py"), "bench", "--checkpoint", str(checkpoint), *artifacts, *options]
+            options += [] if exports else _options(workload.lengths)
+            options += [*text, "--device", "cpu", *threads, "--percentiles", "50"]
+            command = [sys.executable, str(FOLDER / "reference_bench.py"), "bench", "--checkpoint", str(checkpoint), *options]
+            command += [part for path in exports.values() for part in ("--artifact", str(path))]
+            before = peak_flops(workload.threads)
             self.run([*command, "--accept-invalid", "--out", str(out)])
-            results.append(BenchResult.read(out))
-        return results
+            result, after = BenchResult.read(out), peak_flops(workload.threads)
+            profiles = []
+            wanted = [("pytorch", ["--checkpoint", str(checkpoint), *_options(workload.lengths)])] if "pytorch" in workload.runtimes else []
+            wanted += [(f"onnx {dtype}", ["--artifact", str(path)]) for dtype, path in exports.items()]
+            for name, opened in wanted if with_profile else []:
+                out = folder / f"profile-{workload.name}-{run.batch_size}.json"
+                options = [*opened, *text, "--batch-size", str(run.batch_size), *threads, "--out", str(out)]
+                self.run([sys.executable, str(FOLDER / "speed_profile.py"), *options])
+                profiles.append({"runtime": name, **json.loads(out.read_text(encoding="utf-8"))})
+            found.append(Measured(result=result, peak_before=before, peak_after=after, profiles=profiles))
+        return found
+
+
+def code_sha256() -> str:
+    """Return the checksum of both packages: an export that other code made may be another graph."""
+    digest = hashlib.sha256()
+    for path in sorted(path for package in ("txl_train", "txl_deploy") for path in (ROOT / package).rglob("*.py")):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def peak_flops(threads: int) -> float:
+    """Return the operations per second of large products in FP32 on so many threads of a CPU, now."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            return measured_peak_flops(torch.device("cpu"), torch.float32)
+    finally:
+        torch.set_num_threads(before)
 
 
 def draw_ids(ends: tuple[int, ...], n_tokens: int, seed: int = 1) -> np.ndarray:
@@ -169,113 +252,48 @@ def draw_ids(ends: tuple[int, ...], n_tokens: int, seed: int = 1) -> np.ndarray:
     generator = np.random.default_rng(seed)
     cluster = generator.choice(len(ends) - 1, size=n_tokens, p=SHARES)
     low, high = np.array(ends[:-1])[cluster], np.array(ends[1:])[cluster]
-    return np.maximum(low + (generator.random(n_tokens) * (high - low)).astype(np.int64), 2)
+    ids: np.ndarray = np.maximum(low + (generator.random(n_tokens) * (high - low)).astype(np.int64), 2)
+    return ids
 
 
 def _options(lengths: dict[str, Any]) -> list[str]:
-    options = [part for name in ("tgt_len", "mem_len", "clamp_len") for part in (f"--{name.replace('_', '-')}", str(lengths[name]))]
-    return [*options, "--same-length" if lengths["same_length"] else "--no-same-length"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One row of the table: a runtime of ours against the baseline, with what it was to reach."""
-
-    workload: str
-    batch_size: int
-    runtime: str
-    baseline_ms: float
-    own_ms: float
-    speedup: Ratio
-    """Latency of the baseline over ours."""
-    peak_share: float
-    is_best: bool
-    run: Run
-    invalid_reasons: tuple[str, ...]
-
-    def goals(self) -> list[str]:
-        """Return each goal with whether it is met; only the best runtime has goals."""
-        if not self.is_best:
-            return []
-        found = [(f"{self.run.ratio:g}×", self.speedup.ratio >= self.run.ratio)]
-        if self.run.peak_share is not None:
-            found.append((f"{self.run.peak_share:.0%} of peak", self.peak_share >= self.run.peak_share))
-        return [f"{goal} {'met' if met else 'MISSED'}" for goal, met in found]
-
-
-def judge(workload: Workload, results: list[BenchResult], peak_flops: float) -> list[Verdict]:
-    """Compare the rows of ours with the baseline's, by pairs of turns.
-
-    Raises:
-        ValidationError: a row's perplexity is not the checkpoint's, so it is another model that was timed.
-    """
-    verdicts = []
-    for run, result in zip(workload.runs, results, strict=True):
-        (baseline,) = (row for row in result.rows if row.runtime == "reference")
-        for row in result.rows:
-            if row.verified is False:
-                raise ValidationError(f"{_name(row)} of {workload.name} computes something else than the checkpoint.")
-        wanted = [row for row in result.rows if row is not baseline and (row.runtime in workload.runtimes or row.artifact is not None)]
-        best = min(wanted, key=lambda row: percentile(row.samples_ms, 50))
-        for row in wanted:
-            flops = row.roofline.flops_per_step if row.roofline else 0.0
-            verdicts.append(
-                Verdict(
-                    workload=workload.name,
-                    batch_size=run.batch_size,
-                    runtime=_name(row),
-                    baseline_ms=percentile(baseline.samples_ms, 50),
-                    own_ms=percentile(row.samples_ms, 50),
-                    speedup=compare_paired(row, baseline),
-                    peak_share=flops / (percentile(row.samples_ms, 50) / 1e3) / peak_flops,
-                    is_best=row is best,
-                    run=run,
-                    invalid_reasons=row.invalid_reasons,
-                )
-            )
-    return verdicts
-
-
-def _name(row: Row) -> str:
-    return f"{row.runtime} {row.dtype}"
-
-
-def table(verdicts: list[Verdict], workloads: list[Workload]) -> str:
-    """Return the table in Markdown."""
-    lines = []
-    for workload in workloads:
-        lines += [f"**{workload.name}.** {workload.what}", ""]
-        lines += ["| batch | runtime | baseline, ms | ours, ms | times as fast (95 %) | share of GEMM peak | goals |"]
-        lines += ["|---:|---|---:|---:|---|---:|---|"]
-        for v in (v for v in verdicts if v.workload == workload.name):
-            low, high = v.speedup.interval_95
-            ratio = f"{v.speedup.ratio:.2f} ({low:.2f} to {high:.2f})"
-            goals = ", ".join(v.goals())
-            lines.append(
-                f"| {v.batch_size} | {v.runtime} | {v.baseline_ms:.1f} | {v.own_ms:.1f} | {ratio} | {v.peak_share:.0%} | {goals} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+    options = []
+    for name in ("tgt_len", "mem_len", "clamp_len"):
+        if name in lengths:
+            options += [f"--{name.replace('_', '-')}", str(-1 if lengths[name] is None else lengths[name])]
+    if "same_length" in lengths:
+        options.append("--same-length" if lengths["same_length"] else "--no-same-length")
+    return options
 
 
 def main() -> int:
     """Measure the workloads asked for and write the record; exit code 1 for a goal missed only with --require-goals."""
     known = sorted(path.stem for path in (FOLDER / "workloads").glob("*.yaml"))
     parser = argparse.ArgumentParser(description="Measure named workloads against NVIDIA's way of computing.")
-    parser.add_argument("workloads", nargs="*", default=known, help=f"some of {', '.join(known)} [all]")
+    parser.add_argument("workloads", nargs="*", help=f"some of {', '.join(known)} [all that need no checkpoint, or all]")
+    parser.add_argument("--checkpoint", type=Path, help="a trained one, for the workloads that measure the one given")
+    parser.add_argument("--data", type=Path, help="the folder of its text")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "speed", help="where checkpoint, exports and receipts stay")
     parser.add_argument("--out", type=Path, help="the record, without its ending [benchmarks/results/speed_<device>_<yyyymm>]")
     parser.add_argument("--quick", action="store_true", help="a small model and few samples")
+    parser.add_argument("--profile", action="store_true", help="also where the time goes, by kind of operator, in untimed steps")
     parser.add_argument("--require-goals", action="store_true", help="end with 1 where a goal is missed")
     arguments = parser.parse_args()
     try:
-        workloads = [read_workload(FOLDER / "workloads" / f"{name}.yaml") for name in arguments.workloads]
+        if (arguments.checkpoint is None) != (arguments.data is None):
+            raise UsageError("`--checkpoint` and `--data` belong together.", remedy="Give both, or neither.")
+        given = None if arguments.checkpoint is None else (arguments.checkpoint.resolve(), arguments.data.resolve())
+        workloads = [read_workload(FOLDER / "workloads" / f"{name}.yaml") for name in arguments.workloads or known]
         workloads = [smaller(workload) for workload in workloads] if arguments.quick else workloads
-        bench = Bench(arguments.work_dir.resolve())
+        if not arguments.workloads and given is None:
+            workloads = [workload for workload in workloads if workload.model != GIVEN]
+        lacking = next((workload.name for workload in workloads if workload.model == GIVEN), None)
+        if lacking is not None and given is None:
+            raise UsageError(f"{lacking} measures a model that is given.", remedy="Name it with `--checkpoint FILE --data DIR`.")
+        bench = Bench(arguments.work_dir.resolve(), given)
         environment = describe_environment(threads=workloads[0].threads, device="cpu")
-        peak = measure_peak("cpu", "fp32", workloads[0].threads).flops
-        results = {workload.name: bench.measure(workload) for workload in workloads}
-        verdicts = [verdict for workload in workloads for verdict in judge(workload, results[workload.name], peak)]
+        measured = {workload.name: bench.measure(workload, with_profile=arguments.profile) for workload in workloads}
+        verdicts = [verdict for workload in workloads for verdict in judge(workload, measured[workload.name])]
     except TxlError as error:
         print(f"Error: {error.message} {error.remedy or ''}".strip(), file=sys.stderr)
         return error.exit_code
@@ -284,15 +302,15 @@ def main() -> int:
     record = {
         "theme": "speed",
         "date": today.isoformat(),
-        "peak_flops_fp32": peak,
+        "command": " ".join(["benchmarks/speed.py", *sys.argv[1:]]),
         "environment": environment,
         "workloads": [dataclasses.asdict(workload) for workload in workloads],
-        "verdicts": [{**dataclasses.asdict(v), "speedup": v.speedup.to_dict(), "goals": v.goals()} for v in verdicts],
-        "results": {name: [result.to_dict() for result in found] for name, found in results.items()},
+        "verdicts": [verdict.to_dict() for verdict in verdicts],
+        "results": {name: [one.to_dict() for one in found] for name, found in measured.items()},
     }
     write_json(Path(f"{stem}.json"), json.loads(json.dumps(without_folders(record))))
-    shown = table(verdicts, workloads)
-    Path(f"{stem}.md").write_text(f"{shown}\nMeasured peak: {peak / 1e9:.0f} GFLOP/s in FP32. {today}.\n", encoding="utf-8")
+    shown = table(verdicts, workloads) + (profile_table(workloads, measured) if arguments.profile else "")
+    Path(f"{stem}.md").write_text(f"{shown}\n{today}.\n", encoding="utf-8")
     print(shown)
     missed = any("MISSED" in goal for v in verdicts for goal in v.goals())
     return 1 if missed and arguments.require_goals else 0

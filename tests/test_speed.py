@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from txl_train.errors import ConfigError
+from txl_train.errors import ConfigError, ValidationError
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 WORKLOADS = sorted((BENCHMARKS / "workloads").glob("*.yaml"))
@@ -28,29 +28,64 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return speed
 
 
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import speed_tables
+
+    return speed_tables
+
+
+@pytest.fixture
+def profiles(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import speed_profile
+
+    return speed_profile
+
+
+@pytest.fixture
+def best(speed: ModuleType, tables: ModuleType) -> Any:
+    return tables.Verdict(
+        workload="w",
+        batch_size=4,
+        runtime="onnx fp32",
+        baseline_ms=310.0,
+        own_ms=100.0,
+        speedup=tables.Ratio(quantity="p50", ratio=3.1, interval_95=(3.0, 3.2), n_a=8, n_b=8, paired=True),
+        peak_share=0.7,
+        is_best=True,
+        run=speed.Run(batch_size=4, samples=8, ratio=3.0, peak_share=0.75),
+    )
+
+
 @pytest.mark.parametrize("path", WORKLOADS, ids=lambda path: path.stem)
 def test_each_workload_says_what_runs_against_what_and_how_fast_it_is_to_be(speed: ModuleType, path: Path) -> None:
     workload = speed.read_workload(path)
     assert workload.name == path.stem
-    assert workload.model in speed.SIZES
-    assert workload.baseline in ("reference", "reference-eager")
-    assert set(workload.runtimes) <= {"pytorch", "compiled", "torchscript"}
-    assert set(workload.exports) <= {"fp32", "int8"}
     assert workload.runtimes or workload.exports
     for run in workload.runs:
+        assert run.samples >= speed.LEAST_TURNS
+        if workload.model == speed.GIVEN:
+            continue
         steps = workload.n_tokens // (run.batch_size * workload.lengths["tgt_len"])
         assert steps > workload.lengths["mem_len"] // workload.lengths["tgt_len"], "the text starts anew before the memory is full"
-        assert run.samples >= speed.LEAST_TURNS
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("batch_sise: 1", "unknown key `batch_sise`"),
+        ("thread: 2", "unknown key `thread`.*Did you mean `threads`"),
+        ("lengths: {tgt_length: 4}", "unknown key `tgt_length`.*Did you mean `tgt_len`"),
+        ("baseline: referense", "no `baseline` referense.*Did you mean `reference`"),
+        ("runtimes: [pytorhc]", "no `runtimes` pytorhc.*Did you mean `pytorch`"),
+        ("exports: [int4]", "no `exports` int4.*Did you mean `int8`"),
         ("", "lacks baseline"),
     ],
 )
-def test_a_workload_with_a_wrong_or_missing_key_is_refused_by_name(speed: ModuleType, tmp_path: Path, change: str, message: str) -> None:
+def test_a_workload_with_a_wrong_or_missing_key_or_name_is_refused_by_name(
+    speed: ModuleType, tmp_path: Path, change: str, message: str
+) -> None:
     text = "\n".join(line for line in WORKLOADS[0].read_text().splitlines() if not line.startswith("baseline") or change)
     path = tmp_path / "w.yaml"
     path.write_text(f"{text}\n{change}\n")
@@ -74,7 +109,7 @@ def test_targets_fall_into_the_clusters_as_they_are_to(speed: ModuleType) -> Non
 
 @pytest.mark.slow
 def test_a_small_run_proves_its_export_and_says_of_each_goal_whether_it_is_met(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "speed.py"), "base-cpu-fp32", "--quick", "--require-goals"]
+    command = [sys.executable, str(BENCHMARKS / "speed.py"), "base-cpu-fp32", "--quick", "--require-goals", "--profile"]
     command += ["--work-dir", str(tmp_path / "work"), "--out", str(tmp_path / "speed")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode in (0, 1), done.stderr
@@ -89,11 +124,84 @@ def test_a_small_run_proves_its_export_and_says_of_each_goal_whether_it_is_met(t
     assert (done.returncode == 1) == any("MISSED" in goal for goal in goals)
     assert all(goal in (tmp_path / "speed.md").read_text() for goal in goals)
     assert str(tmp_path) not in (tmp_path / "speed.json").read_text()
+    assert min(result["peak_flops_before"], result["peak_flops_after"]) > 0
+    assert {profile["runtime"] for profile in result["profiles"]} == {"pytorch", "onnx fp32"}
+    for profile in result["profiles"]:
+        assert profile["ms_by_kind"]["products"] > 0
+        assert sum(profile["ms_by_kind"].values()) == pytest.approx(profile["step_ms"], rel=0.2)  # operators may overlap a little
 
 
-def test_only_the_best_of_ours_is_held_to_the_goals(speed: ModuleType) -> None:
-    run = speed.Run(batch_size=4, samples=8, ratio=3.0, peak_share=0.75)
-    ratio = speed.Ratio(quantity="p50", ratio=3.1, interval_95=(3.0, 3.2), n_a=8, n_b=8, paired=True)
-    best = speed.Verdict("w", 4, "onnx fp32", 310.0, 100.0, ratio, 0.7, True, run, ())
+@pytest.mark.slow
+def test_an_export_without_a_receipt_is_not_measured(speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    txl = speed.Bench.txl
+    monkeypatch.setattr(speed.Bench, "txl", lambda self, a, done_if: None if a[0] == "eval" else txl(self, a, done_if))
+    workload = speed.smaller(speed.read_workload(BENCHMARKS / "workloads" / "base-cpu-int8.yaml"))
+    with pytest.raises(ValidationError, match="ended with 1"):
+        speed.Bench(tmp_path).measure(workload)
+    assert not list(tmp_path.glob("quick/base-cpu-int8-*.json"))
+
+
+def test_an_export_made_by_other_code_or_of_another_checkpoint_is_not_used_again(
+    speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed.Bench, "txl", lambda self, arguments, done_if: None)
+    workload = speed.smaller(speed.read_workload(BENCHMARKS / "workloads" / "base-cpu-fp32.yaml"))
+    bench = speed.Bench(tmp_path)
+    first = bench.export(workload, "fp32")
+    assert bench.export(workload, "fp32") == first
+    with monkeypatch.context() as changed:
+        changed.setattr(speed, "code_sha256", lambda: "other")
+        assert bench.export(workload, "fp32") != first
+    checkpoint = bench.checkpoint("quick")
+    checkpoint.write_bytes(checkpoint.read_bytes() + b"x")
+    assert bench.export(workload, "fp32") != first
+
+
+def test_a_workload_of_a_given_model_asks_for_it(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "speed.py"), "wikitext2-cpu", "--work-dir", str(tmp_path), "--out", str(tmp_path / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert "--checkpoint FILE --data DIR" in done.stderr
+
+
+def test_operators_of_both_runtimes_fall_into_their_kinds(profiles: ModuleType) -> None:
+    assert {
+        name: profiles.kind_of(name) for name in ("FusedMatMul", "MatMulIntegerToFloat", "aten::addmm", "mkldnn::_linear_pointwise")
+    } == dict.fromkeys(("FusedMatMul", "MatMulIntegerToFloat", "aten::addmm", "mkldnn::_linear_pointwise"), "products")
+    assert profiles.kind_of("DynamicQuantizeLinear") == "rounding to int8"
+    assert profiles.kind_of("aten::expand") == profiles.kind_of("Concat") == "moving and shaping"
+    assert profiles.kind_of("aten::_log_softmax") == profiles.kind_of("Exp") == "softmax and log-sum-exp"
+    assert profiles.kind_of("SkipLayerNormalization") == "normalisation"
+    assert profiles.kind_of("aten::add_") == "element by element"
+    assert profiles.kind_of("Shape") == "other operators"
+
+
+def test_only_the_last_steps_of_a_profile_count_and_the_rest_of_a_step_is_between_operators(profiles: ModuleType) -> None:
+    def node(ts: int, dur: int, name: str) -> dict[str, Any]:
+        return {"cat": "Node", "name": f"{name}_kernel_time", "ts": ts, "dur": dur, "args": {"op_name": name}}
+
+    runs = [{"cat": "Session", "name": "model_run", "ts": ts, "dur": dur} for ts, dur in ((0, 9000), (10_000, 3000), (20_000, 5000))]
+    nodes = [node(1, 8000, "MatMul"), node(10_001, 2000, "MatMul"), node(20_001, 4000, "MatMul"), node(25_000, 500, "Exp")]
+    operators, step_ms = profiles.last_steps([*nodes, *reversed(runs)], 2)
+    assert (operators, step_ms) == ({"MatMul": 3.0, "Exp": 0.25}, 4.0)
+    kinds = profiles.by_kind(operators, step_ms)["ms_by_kind"]
+    assert kinds == {"products": 3.0, "softmax and log-sum-exp": 0.25, "between operators": 0.75}
+
+
+def test_only_the_best_of_ours_is_held_to_the_goals(tables: ModuleType, best: Any) -> None:
     assert best.goals() == ["3× met", "75% of peak MISSED"]
     assert dataclasses.replace(best, is_best=False).goals() == []
+
+
+def test_a_missed_goal_and_milliseconds_that_are_not_to_be_believed_are_shown_as_such(
+    speed: ModuleType, tables: ModuleType, best: Any
+) -> None:
+    workload = dataclasses.replace(speed.read_workload(BENCHMARKS / "workloads" / "base-cpu-fp32.yaml"), name="w")
+    shown = tables.table([dataclasses.replace(best, valid=False, invalid_reasons=("drift of 20 %",))], [workload])
+    assert "| 3× met, 75% of peak MISSED | INVALID |" in shown
+    assert "- Batch 4, onnx fp32: drift of 20 %." in shown
+    assert "INVALID" not in tables.table([dataclasses.replace(best, valid=True)], [workload])
+
+
+def test_a_workload_that_promises_nothing_has_no_goals(speed: ModuleType, best: Any) -> None:
+    assert dataclasses.replace(best, run=speed.Run(batch_size=4, samples=8)).goals() == []
