@@ -15,7 +15,7 @@ from txl_deploy.runtimes.window import Windows
 from txl_train.config import HeadKind, MemoryKind, ModelConfig
 from txl_train.model.inference import STEPS
 from txl_train.model.memory import Memory
-from txl_train.model.packed import PackedLogSoftmax, can_pack, in_packs
+from txl_train.model.packed import can_pack, in_packs, pack_step
 from txl_train.model.transformer_xl import TransformerXL
 
 
@@ -52,7 +52,7 @@ class EagerRuntime(ModuleRuntime):
         self._model = model = in_packs(model, memory) if has_packs else model
         step = STEPS[head](model, tgt_len, memory, config, dtype=TORCH_TYPES[dtype], memory_dtype=TORCH_TYPES[memory_dtype or dtype]).eval()
         if has_packs:
-            step.head = PackedLogSoftmax(step.head)
+            pack_step(step)
         self.step_module = step
         weights = count_matrices((str(weight.dtype).removeprefix("torch."), weight.dim()) for weight in step.parameters())
         device = str(model.embedding.weights[0].device)

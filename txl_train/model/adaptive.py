@@ -154,6 +154,10 @@ class AdaptiveLogSoftmax(nn.Module):
         """Return the logits [N, V_cluster] within the cluster whose tables these are."""
         return F.linear(self.project(hidden_ND, cluster), weight_VW, bias_V).float()
 
+    def normaliser(self, scores_NV: Tensor, more_NC: Tensor | None) -> Tensor:
+        """Return `log_sum_exp` of scores that are not read again."""
+        return log_sum_exp(scores_NV, more_NC)
+
     def project(self, hidden_ND: Tensor, cluster: int) -> Tensor:
         """[N, D] -> [N, W]: the size of the cluster's embeddings, in the type of the weights."""
         hidden_ND = hidden_ND.to(self.cluster_weight.dtype)
@@ -178,9 +182,9 @@ class AdaptiveLogSoftmax(nn.Module):
         logits_NV = self.scores(hidden_ND, 0, weights[0], biases[0])
         chosen_N = torch.gather(logits_NV, 1, target_ids_N.clamp(max=shortlist - 1)[:, None]).squeeze(1)
         if self.n_cluster == 0:
-            return log_sum_exp(logits_NV) - chosen_N
+            return self.normaliser(logits_NV, None) - chosen_N
         clusters_NC = self.cluster_logits(hidden_ND)
-        normaliser_N = log_sum_exp(logits_NV, clusters_NC)
+        normaliser_N = self.normaliser(logits_NV, clusters_NC)
         cluster_N = torch.zeros_like(target_ids_N)
         for low in self.cluster_ends[2:-1]:
             cluster_N = cluster_N + (target_ids_N >= low).to(target_ids_N.dtype)
@@ -194,7 +198,8 @@ class AdaptiveLogSoftmax(nn.Module):
             tokens_R = rows_R.clamp(max=last)
             logits_RV = self.scores(hidden_ND.index_select(0, tokens_R), i + 1, weights[i + 1], biases[i + 1])
             targets_R = (target_ids_N.index_select(0, tokens_R) - low).clamp(0, high - low - 1)
-            within_R = log_sum_exp(logits_RV) - torch.gather(logits_RV, 1, targets_R[:, None]).squeeze(1)
+            chosen_R = torch.gather(logits_RV, 1, targets_R[:, None]).squeeze(1)
+            within_R = self.normaliser(logits_RV, None) - chosen_R
             nll_N1 = nll_N1.scatter(0, rows_R, nll_N.index_select(0, tokens_R) + within_R)
         return nll_N1[:-1]
 

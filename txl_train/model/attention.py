@@ -128,6 +128,9 @@ class Attention(nn.Module):
     def mix(self, query_BQW: Tensor, key_BHKE: Tensor, value_BHKE: Tensor, position_term: Tensor, mask_B1QK: Tensor) -> Tensor:
         """Return the values mixed by the softmax of the scores, [B, Q, W]."""
         scores_BHQK = self.scores(query_BQW, key_BHKE, position_term).float().add_(mask_B1QK)
-        weights_BHQK = self.drop_weights(torch.softmax(scores_BHQK, dim=-1).to(value_BHKE.dtype))
+        if self.scores_at_once > 0:
+            weights_BHQK = torch.softmax(scores_BHQK, dim=-1, out=scores_BHQK)  # row by row: each is read before it is written
+        else:
+            weights_BHQK = self.drop_weights(torch.softmax(scores_BHQK, dim=-1).to(value_BHKE.dtype))
         mixed_BHQE = torch.matmul(weights_BHQK, value_BHKE)
         return mixed_BHQE.transpose(1, 2).reshape(query_BQW.shape[0], query_BQW.shape[1], self.n_head * self.d_head)

@@ -10,6 +10,7 @@ which PyTorch's own library (MKL) is not made, more. The numbers are the same bu
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -17,11 +18,17 @@ from torch import Tensor, nn
 
 from txl_train.config import MemoryKind
 from txl_train.model.adaptive import AdaptiveLogSoftmax
+from txl_train.model.inference import FixedStep
+from txl_train.model.relative import RelativeAttention, nearer
 from txl_train.model.transformer_xl import FeedForward, TransformerXL
 
 SCORES_AT_ONCE = 1_500_000
 """Attention takes as many streams at a time as have so many scores: 6 MB stay in a CPU's caches from the product to the softmax. With
 the base model, 16 streams at once take 1.3 times as long."""
+
+
+SUMMED_AT_ONCE = 300_000
+"""A normaliser is summed over as many rows at a time as have so many scores: 1 MB, read three times and written once, stays in a cache."""
 
 
 def can_pack() -> bool:
@@ -82,6 +89,30 @@ class PackedLogSoftmax(AdaptiveLogSoftmax):
         if projected_NW.shape[0] == 0:
             return super().scores(hidden_ND, cluster, weight_VW, bias_V)
         return _product(projected_NW, self._shortlist if cluster == 0 else weight_VW, bias_V, "none")
+
+    def normaliser(self, scores_NV: Tensor, more_NC: Tensor | None) -> Tensor:
+        """Return `log_sum_exp`, a few rows at a time, in the place of the scores."""
+        some = max(1, SUMMED_AT_ONCE // scores_NV.shape[1])
+        parts = [torch.empty(0)]
+        more_parts = itertools.repeat(None) if more_NC is None else torch.split(more_NC, some)
+        for part_NV, more in zip(torch.split(scores_NV, some), more_parts):
+            largest_N1 = part_NV.amax(dim=1, keepdim=True)
+            if more is not None:
+                largest_N1 = torch.maximum(largest_N1, more.amax(dim=1, keepdim=True))
+            total_N = part_NV.sub_(largest_N1).exp_().sum(dim=1)
+            if more is not None:
+                total_N += (more - largest_N1).exp_().sum(dim=1)
+            parts.append(total_N.log_() + largest_N1.squeeze(1))
+        return torch.cat(parts)
+
+
+def pack_step(step: FixedStep) -> None:
+    """Pack what a step of a packed model has made of its own: the softmax's shortlist, and distances that are encoded alike."""
+    step.head = PackedLogSoftmax(step.head)
+    for i, layer in enumerate(step.decoder.layers):
+        if isinstance(layer.attention, RelativeAttention):
+            term = nearer(step.position_terms[i], step.config.clamp_len, step.ext_len + step.tgt_len)
+            step.position_terms[i] = nn.Parameter(term, requires_grad=False)
 
 
 def pack_weight(weight: Tensor) -> Tensor:

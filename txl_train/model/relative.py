@@ -4,8 +4,8 @@ The four terms of the paper's equation are two products here: (a)+(c), the query
 (b)+(d), the query and the position bias v with encoded distances.
 """
 
-# Shape suffixes: B batch, Q queries (ext_len + tgt_len), N = B*Q, M mem_len, K = M + Q keys, C = K + 1 distances, H heads, E d_head,
-# D d_model, W = H*E
+# Shape suffixes: B batch, Q queries (ext_len + tgt_len), N = B*Q, M mem_len, K = M + Q keys, C = K + 1 distances, or fewer (see `nearer`),
+# H heads, E d_head, D d_model, W = H*E
 
 from __future__ import annotations
 
@@ -29,6 +29,18 @@ def rel_shift(scores: Tensor) -> Tensor:
     return scores.view(X, Y, Q * C)[:, :, Q - 1 : Q - 1 + Q * K].view(X, Y, Q, K)
 
 
+def nearer(term_HEC: Tensor, clamp_len: int | None, n_query: int) -> Tensor:
+    """Return the encoded distances up to `clamp_len` alone, less that of `clamp_len`: for the same softmax, fewer products.
+
+    From `clamp_len` on all distances are encoded alike, so what they add to a query's scores is one number, and a softmax does not change
+    when it is taken from all of them. Then those keys get nothing, and the farthest, which no query sees nearer, need no column.
+    `scores` knows how many from how many columns are left.
+    """
+    key_len = term_HEC.shape[2] - 1
+    n_alike = 0 if clamp_len is None else key_len - n_query + 1 - clamp_len  # earliest keys: that far back for every query
+    return term_HEC if n_alike < 1 else (term_HEC - term_HEC[:, :, :1])[:, :, n_alike:].contiguous()
+
+
 class RelativeAttention(Attention):
     """Attention with encoded distances, content bias u and position bias v; its position term is the keys of the distances."""
 
@@ -47,7 +59,7 @@ class RelativeAttention(Attention):
         return projected.view(positions.shape[0], self.n_head, self.d_head).permute(1, 2, 0)
 
     def scores(self, query_BQW: Tensor, key_BHKE: Tensor, position_term: Tensor) -> Tensor:
-        """Return (q + u)·k + (q + v)·r, scaled, [B, H, Q, K]."""
+        """Return (q + u)·k + (q + v)·r, scaled, [B, H, Q, K]; if the position term is of the nearer keys alone, it is added to theirs."""
         content_query_BHQE = (self.split_heads(query_BQW) + self.content_bias[:, None]) * self.scale
         content_scores_BHQK = torch.matmul(content_query_BHQE, key_BHKE.transpose(2, 3))
         # all streams share the distances, so the batch joins the rows of one product per head: up to 3 times faster in training
@@ -55,4 +67,7 @@ class RelativeAttention(Attention):
         position_query_NHE = (query_BQW.reshape(B * Q, self.n_head, self.d_head) + self.position_bias) * self.scale
         by_distance_HNC = torch.matmul(position_query_NHE.transpose(0, 1), position_term)
         position_scores_BHQK = rel_shift(by_distance_HNC.view(self.n_head, B, Q, C)).transpose(0, 1)
-        return content_scores_BHQK.add_(position_scores_BHQK)  # in place: no other large tensor to be had and given back
+        n_alike = key_BHKE.shape[2] - C + 1
+        near_scores_BHQK = content_scores_BHQK[:, :, :, n_alike:] if n_alike > 0 else content_scores_BHQK
+        near_scores_BHQK.add_(position_scores_BHQK)  # in place: no other large tensor to be had and given back
+        return content_scores_BHQK

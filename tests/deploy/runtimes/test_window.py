@@ -48,6 +48,35 @@ def test_nothing_is_moved_until_there_is_no_room_left() -> None:
     assert len(stores) <= 12 // steps_per_store
 
 
+def test_two_sets_of_tensors_take_turns_when_nobody_holds_what_was_in_them() -> None:
+    windows, memory = Windows(M, T, T), empty()
+    stores = set()
+    for value in range(60):
+        memory = step(windows, memory, value)
+        stores.add(memory.states[0].untyped_storage().data_ptr())
+    assert len(stores) == 2
+
+
+def test_tensors_that_somebody_holds_a_part_of_are_not_taken_again() -> None:
+    windows, memory, held = Windows(M, T, T), empty(), []
+    for value in range(1, 40):
+        memory = step(windows, memory, value)
+        part = memory.states[1][0, 0, -1:]  # a view of a view: the memory itself is gone when the next one is there
+        held.append((part, value))
+    assert all(part.tolist() == [[value]] for part, value in held)
+
+
+def test_another_batch_size_takes_tensors_of_its_own() -> None:
+    windows, memory = Windows(M, T, T), empty()
+    for value in range(1, 9):
+        memory = step(windows, memory, value)
+    other = Memory([torch.zeros(3, 1, M, 1) for _ in range(2)], torch.zeros(3, dtype=torch.int64))
+    for value in range(1, 9):
+        other = step(windows, other, value)
+    assert other.states[0].shape == (3, 1, M, 1)
+    assert shown(memory)[-T:] == [8.0] * T
+
+
 def test_earlier_memories_keep_what_they_show_and_may_be_continued_again() -> None:
     windows, memory = Windows(M, T, T), empty()
     past = []
