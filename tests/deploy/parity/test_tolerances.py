@@ -123,8 +123,8 @@ def with_one_wrong_bias(runtime: EagerRuntime, _: TransformerXL) -> None:
         runtime.step_module.decoder.layers[1].feed_forward.outer.bias[2] += 0.1
 
 
-def log_sum_exp_in_half(scores_NV: Tensor) -> Tensor:
-    scores = scores_NV.half()
+def log_sum_exp_in_half(scores_NV: Tensor, more_NC: Tensor | None = None) -> Tensor:
+    scores = (scores_NV if more_NC is None else torch.cat([scores_NV, more_NC], dim=1)).half()
     largest = scores.amax(dim=1, keepdim=True)
     exps = (scores - largest).exp()
     lanes = torch.zeros(len(scores), 32, dtype=torch.float16)  # as many sums at once as a warp has threads
