@@ -280,9 +280,14 @@ class ReferenceRuntime:
     host memory so that reading it waits for nothing.
     """
 
-    def __init__(self, info: RuntimeInfo, module: Callable[..., Any]) -> None:
+    def __init__(self, info: RuntimeInfo, module: Callable[..., Any], plain: Callable[..., Any] | None = None) -> None:
         self._info = info
         self._module = module
+        self._plain = plain or module
+
+    def of_length(self, tgt_len: int) -> ReferenceRuntime:
+        """Return the same model for segments of `tgt_len` tokens, not in TorchScript, which adapts to the shapes that it meets first."""
+        return ReferenceRuntime(dataclasses.replace(self._info, tgt_len=tgt_len), self._plain)
 
     @property
     def info(self) -> RuntimeInfo:
@@ -372,7 +377,7 @@ def reference_runtime(
     )
     if tgt_len < 1:
         raise ConfigError(f"`tgt_len` must be 1 or more, but is {tgt_len} instead.")
-    module: nn.Module = ReferenceModel(model, config).eval().requires_grad_(False).to(where, TORCH_TYPES[dtype])
+    plain = module = ReferenceModel(model, config).eval().requires_grad_(False).to(where, TORCH_TYPES[dtype])
     if scripted:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated since 2.13, and what the original runs in
@@ -390,4 +395,4 @@ def reference_runtime(
         origin=str(checkpoint),
         checkpoint_sha256=loaded.sha256,
     )
-    return ReferenceRuntime(info, module)
+    return ReferenceRuntime(info, module, plain)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from txl_train.model.memory import Memory
 
 
+FILL_LEN = 64
+"""Tokens of the segments that fill a memory before anything is timed: one token a step would take a thousand steps to fill a long one."""
+
+
 class Boundary:
     """Tokens, targets and memory lie on the device when the clock starts, the results when it stops. Others move more within the clock.
 
@@ -43,7 +47,30 @@ class Boundary:
 
     def cold(self, batch_size: int) -> Memory:
         """Return the memory of a cold start where it is to be when the clock starts."""
-        return self.runtime.initial_memory(batch_size)
+        return self.place(self.runtime.initial_memory(batch_size))
+
+    def place(self, memory: Memory) -> Memory:
+        """Return a runtime's memory where it is to be when the clock starts."""
+        return memory
+
+    def fill(self, workload: Workload, count: int) -> tuple[Memory | None, int]:
+        """Read up to `count` steps of the text from a cold start, in segments of `FILL_LEN` tokens; never timed.
+
+        Returns the memory and the number of steps that were read: none where the runtime cannot be had for longer segments
+        (`of_length`), where segments are long already, or where the text would begin anew; and no more than a memory holds, since the
+        tokens of a long segment that meet a full memory would see more of the past than single steps do.
+        """
+        longer = getattr(self.runtime, "of_length", None)
+        steps_at_once = FILL_LEN // workload.tgt_len
+        if longer is None or steps_at_once < 2 or workload.ext_len or not steps_at_once <= count <= workload.steps_per_pass:
+            return None, 0
+        segments = min(count, self.runtime.info.mem_len // workload.tgt_len) // steps_at_once
+        runtime: Runtime = longer(steps_at_once * workload.tgt_len)
+        memory = runtime.initial_memory(workload.n_streams)
+        for i in range(segments):
+            steps = range(i * steps_at_once, (i + 1) * steps_at_once)
+            memory = runtime.step(*workload.joined([workload.segment(step) for step in steps], self.device), memory).memory
+        return self.place(memory), segments * steps_at_once
 
     def step(self, input_ids_BQ: Tensor, target_ids_BT: Tensor, memory: Memory) -> StepOutput:
         """Do what is timed; the device may still be at work on it when this returns. What was returned before may be overwritten."""
@@ -82,9 +109,8 @@ class WithState(WithTokens):
         self._kept: Memory | None = None
         self._nll_BT: Tensor | None = None
 
-    def cold(self, batch_size: int) -> Memory:
-        """Return the memory of a cold start in host memory."""
-        memory = self.runtime.initial_memory(batch_size)
+    def place(self, memory: Memory) -> Memory:
+        """Return the memory in host memory."""
         self._kept = memory._replace(states=[self._on_host(state) for state in memory.states], length_B=self._on_host(memory.length_B))
         return self._kept
 

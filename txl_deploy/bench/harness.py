@@ -220,7 +220,10 @@ def measure(
 
 def _warm_up(lanes: Sequence[_Lane], settings: BenchSettings, fill_steps: int) -> float:
     """Run steps until all memories are full and all timings steady, as many of each runtime; return the slowest's median, ms."""
-    count = max(settings.warmup_steps, fill_steps)
+    if fill_steps > settings.warmup_steps:
+        for lane in lanes:
+            lane.fill(fill_steps)
+    count = settings.warmup_steps
     most = max(count, settings.max_warmup_steps)
     while True:
         for lane in lanes:
@@ -305,6 +308,12 @@ class _Lane:
         """Of the timed steps, from the cold start on."""
         self._first_ns = self._last_ns = 0
         self._reasons: list[str] = []
+
+    def fill(self, count: int) -> None:
+        """Read the text of so many steps, from the cold start on, in fewer and longer ones where the runtime can."""
+        self.memory, self.steps = self.boundary.fill(self.workload, count)
+        while self.steps < count:
+            self._step()
 
     def warm_up(self, count: int) -> None:
         """Run steps whose times only tell when to begin."""

@@ -6,6 +6,7 @@ clock runs, is the harness's business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -81,6 +82,13 @@ class Workload:
         input_ids_BQ = torch.from_numpy(np.ascontiguousarray(segment.input_ids_BT)).to(device)
         target_ids_BT = torch.from_numpy(np.ascontiguousarray(segment.target_ids_BT)).to(device)
         return input_ids_BQ, target_ids_BT
+
+    def joined(self, segments: Sequence[Segment], device: str) -> tuple[Tensor, Tensor]:
+        """Return the same of segments that follow each other, as one, where there is no extension."""
+        import torch
+
+        inputs, targets = zip(*(self.tensors(segment, device) for segment in segments))
+        return torch.cat(inputs, dim=1), torch.cat(targets, dim=1)
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from tests.deploy.conftest import TGT_LEN, Exports
 from tests.fakes import FakeRuntime
+from txl_deploy.bench import boundaries
 from txl_deploy.bench.boundaries import BOUNDARIES, open_boundary
 from txl_deploy.bench.workload import Workload
 from txl_deploy.runtimes.registry import eager_from_checkpoint
@@ -65,6 +66,39 @@ def test_the_ids_that_a_runtime_is_given_are_those_of_the_segment():
         boundary.step(*boundary.tokens(TEXT, segment), boundary.cold(2))
         assert np.array_equal(runtime.given[0].numpy(), segment.input_ids_BT)
         assert np.array_equal(runtime.given[1].numpy(), segment.target_ids_BT)
+
+
+@pytest.mark.parametrize("name", BOUNDARIES)
+def test_a_memory_filled_in_long_segments_is_that_of_single_steps(exports: Exports, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(boundaries, "FILL_LEN", 3)
+    runtime, _ = eager_from_checkpoint(exports.checkpoint, tgt_len=1)
+    text = Workload(ids_N=np.arange(301) * 7 % runtime.info.config.vocab_size, batch_size=2, tgt_len=1)
+    mem_len = runtime.info.mem_len
+    filled, steps = open_boundary(name, runtime).fill(text, 2 * mem_len)
+    assert steps == mem_len - mem_len % 3 > 3, "what is left is for single steps"
+    memory = runtime.initial_memory(2)
+    for step in range(steps):
+        memory = runtime.step(*text.tensors(text.segment(step), "cpu"), memory).memory
+    assert filled is not None
+    assert filled.length_B.tolist() == memory.length_B.tolist()
+    for state, expected in zip(filled.states, memory.states):
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_memory_is_filled_step_by_step_where_it_has_to_be() -> None:
+    text = Workload(ids_N=np.arange(301) % 13, batch_size=2, tgt_len=1)
+
+    class AnyLength(FakeRuntime):
+        def of_length(self, tgt_len: int) -> FakeRuntime:
+            return FakeRuntime(tgt_len=tgt_len)
+
+    runtime = AnyLength(tgt_len=1, mem_len=130)
+    assert open_boundary("step_device_resident", runtime).fill(text, 130)[1] == 128
+    assert open_boundary("step_device_resident", FakeRuntime(tgt_len=1, mem_len=130)).fill(text, 130) == (None, 0), "of one length only"
+    assert open_boundary("step_device_resident", runtime).fill(text, 63) == (None, 0), "less than a long segment"
+    assert open_boundary("step_device_resident", runtime).fill(text, 151) == (None, 0), "the text begins anew before"
+    extended = Workload(ids_N=np.arange(301) % 13, batch_size=2, tgt_len=1, ext_len=1)
+    assert open_boundary("step_device_resident", runtime).fill(extended, 130) == (None, 0), "inputs overlap"
 
 
 def test_a_memory_on_the_host_is_carried_on_and_begins_cold_again():

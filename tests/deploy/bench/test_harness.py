@@ -78,6 +78,24 @@ def test_the_warm_up_lasts_until_the_memory_is_full():
     assert runtime.lengths[50] == [200, 200]
 
 
+def test_runtimes_that_fill_their_memories_in_other_ways_go_on_with_the_same_tokens():
+    clock = FakeClock()
+
+    class AnyLength(FakeRuntime):
+        def of_length(self, tgt_len: int) -> FakeRuntime:
+            self.filler = FakeRuntime(clock=clock, tgt_len=tgt_len, mem_len=200)
+            self._handed_out = self.filler._handed_out
+            return self.filler
+
+    quick, slow = (kind(kind.__name__, clock=clock, tgt_len=1, mem_len=200) for kind in (AnyLength, FakeRuntime))
+    rows = run([quick, slow], text=text_of(tgt_len=1))
+    assert len(quick.filler.inputs) == 3, "of 64 tokens; the 8 that are left are steps"
+    assert len(slow.inputs) - len(quick.inputs) == 192
+    assert quick.inputs == slow.inputs[192:]
+    assert quick.lengths[8:] == slow.lengths[200:]
+    assert rows[0].perplexity == rows[1].perplexity
+
+
 def test_the_warm_up_goes_on_until_the_timing_is_steady():
     clock = FakeClock()
     becoming_faster = FakeRuntime(clock=clock, latency_ms=lambda step: max(1.0, 100.0 * 0.9**step))
