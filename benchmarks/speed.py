@@ -1,6 +1,6 @@
 """Named workloads of `workloads/*.yaml`: ours against NVIDIA's way of computing, by turns in one run, with goals that are met or missed.
 
-    python benchmarks/speed.py                                       # every workload: some 20 minutes on two cores, 6 GiB of memory
+    python benchmarks/speed.py                                       # every workload: some 50 minutes on two cores, 6 GiB of memory
     python benchmarks/speed.py base-cpu-fp32 --work-dir runs/speed   # one; checkpoint, exports and receipts stay for the next time
     python benchmarks/speed.py wikitext2-cpu --checkpoint W/checkpoint_best.pt --data wikitext-2      # a trained model
     python benchmarks/speed.py base-cpu-fp32 --profile               # and where the time goes, by kind of operator
@@ -11,7 +11,7 @@ read the same text with a full memory, and the perplexities of all timed steps a
 pairs of turns, with its 95 % interval; a goal that is not reached is written as MISSED, and a row that is INVALID by its own verdict is
 called so. The peak is measured before and after each run, and the larger one counts. Weights are random and the text is drawn, since
 neither changes how long a step takes; what share of the targets lies in each tail cluster does, and was chosen to resemble English.
-Writes <out>.json with every sample, the machine and the versions, and <out>.md.
+Writes <workload>_<device>_<yyyymm>.json with every sample, the machine and the versions, and the tables as .md beside it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 import yaml
 from running import ROOT, child_environment, device_slug, txl_command, without_folders
-from speed_tables import Measured, judge, profile_table, table
+from speed_tables import Measured, Verdict, judge, profile_table, provenance, table
 
 from txl_deploy.bench.compare import LEAST_TURNS
 from txl_deploy.bench.environment import describe_environment
@@ -274,7 +275,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, help="a trained one, for the workloads that measure the one given")
     parser.add_argument("--data", type=Path, help="the folder of its text")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "speed", help="where checkpoint, exports and receipts stay")
-    parser.add_argument("--out", type=Path, help="the record, without its ending [benchmarks/results/speed_<device>_<yyyymm>]")
+    parser.add_argument("--out", type=Path, default=FOLDER / "results", help="the folder of the records [benchmarks/results]")
     parser.add_argument("--quick", action="store_true", help="a small model and few samples")
     parser.add_argument("--profile", action="store_true", help="also where the time goes, by kind of operator, in untimed steps")
     parser.add_argument("--require-goals", action="store_true", help="end with 1 where a goal is missed")
@@ -291,29 +292,40 @@ def main() -> int:
         if lacking is not None and given is None:
             raise UsageError(f"{lacking} measures a model that is given.", remedy="Name it with `--checkpoint FILE --data DIR`.")
         bench = Bench(arguments.work_dir.resolve(), given)
-        environment = describe_environment(threads=workloads[0].threads, device="cpu")
-        measured = {workload.name: bench.measure(workload, with_profile=arguments.profile) for workload in workloads}
-        verdicts = [verdict for workload in workloads for verdict in judge(workload, measured[workload.name])]
+        missed = False
+        for workload in workloads:
+            environment = describe_environment(threads=workload.threads, device="cpu")
+            measured = bench.measure(workload, with_profile=arguments.profile)
+            verdicts = judge(workload, measured)
+            stem = f"{workload.name}_{device_slug(None, environment.get('cores_usable'))}_{datetime.date.today():%Y%m}"
+            print(write_record(arguments.out / stem, workload, measured, verdicts, environment))
+            missed |= any("MISSED" in goal for verdict in verdicts for goal in verdict.goals())
     except TxlError as error:
         print(f"Error: {error.message} {error.remedy or ''}".strip(), file=sys.stderr)
         return error.exit_code
-    today = datetime.date.today()
-    stem = arguments.out or FOLDER / "results" / f"speed_{device_slug(None, environment.get('cores_usable'))}_{today:%Y%m}"
-    record = {
-        "theme": "speed",
-        "date": today.isoformat(),
-        "command": " ".join(["benchmarks/speed.py", *sys.argv[1:]]),
-        "environment": environment,
-        "workloads": [dataclasses.asdict(workload) for workload in workloads],
-        "verdicts": [verdict.to_dict() for verdict in verdicts],
-        "results": {name: [one.to_dict() for one in found] for name, found in measured.items()},
-    }
-    write_json(Path(f"{stem}.json"), json.loads(json.dumps(without_folders(record))))
-    shown = table(verdicts, workloads) + (profile_table(workloads, measured) if arguments.profile else "")
-    Path(f"{stem}.md").write_text(f"{shown}\n{today}.\n", encoding="utf-8")
-    print(shown)
-    missed = any("MISSED" in goal for v in verdicts for goal in v.goals())
     return 1 if missed and arguments.require_goals else 0
+
+
+def write_record(
+    stem: Path, workload: Workload, measured: list[Measured], verdicts: list[Verdict], environment: Mapping[str, Any], today: str = ""
+) -> str:
+    """Write `<stem>.json` with everything and `<stem>.md` with the tables, and return the latter."""
+    today = today or datetime.date.today().isoformat()
+    record = {
+        "theme": workload.name,
+        "date": today,
+        "command": " ".join(["benchmarks/speed.py", *sys.argv[1:]]),
+        "environment": dict(environment),
+        "workload": dataclasses.asdict(workload),
+        "verdicts": [verdict.to_dict() for verdict in verdicts],
+        "results": [one.to_dict() for one in measured],
+    }
+    record = without_folders(record)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_json(Path(f"{stem}.json"), json.loads(json.dumps(record)))
+    shown = f"{table(verdicts, workload)}{profile_table(workload, measured)}{provenance(record)}"
+    Path(f"{stem}.md").write_text(shown, encoding="utf-8")
+    return shown
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Knows results and goals; what is run, and how, is `speed.py`'s business.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -117,50 +118,47 @@ def _name(row: Row) -> str:
     return f"{row.runtime} {row.dtype}"
 
 
-def table(verdicts: list[Verdict], workloads: list[Workload]) -> str:
+def table(verdicts: list[Verdict], workload: Workload) -> str:
     """Return the table in Markdown, with the reasons of rows whose milliseconds are not to be believed below it."""
-    lines = []
-    for workload in workloads:
-        lines += [f"**{workload.name}.** {workload.what}", ""]
-        lines += [
-            "| batch | runtime | baseline, ms | ours, ms | times as fast (95 %) | share of GEMM peak | roofline | goals | milliseconds |"
-        ]
-        lines += ["|---:|---|---:|---:|---|---:|---|---|---|"]
-        reasons = []
-        for v in (v for v in verdicts if v.workload == workload.name):
-            low, high = v.speedup.interval_95
-            cells = [str(v.batch_size), v.runtime, f"{v.baseline_ms:.1f}", f"{v.own_ms:.1f}"]
-            cells += [f"{v.speedup.ratio:.2f} ({low:.2f} to {high:.2f})", f"{v.peak_share:.0%}"]
-            cells += [f"{v.roofline.share_of_peak:.0%}, {v.roofline.bound}" if v.roofline else "-", ", ".join(v.goals())]
-            cells += [{True: "VALID", False: "INVALID", None: "not judged"}[v.valid]]
-            lines.append("| " + " | ".join(cells) + " |")
-            if v.valid is False:
-                reasons.append(f"- Batch {v.batch_size}, {v.runtime}: {'; '.join(v.invalid_reasons)}.")
-        lines += [
-            "",
-            *(
-                ["INVALID milliseconds (ratios compare turns in pairs, so what hits both leaves them alone):", *reasons, ""]
-                if reasons
-                else []
-            ),
-        ]
-    return "\n".join(lines)
-
-
-def profile_table(workloads: list[Workload], measured: dict[str, list[Measured]]) -> str:
-    """Return where the time goes in Markdown: milliseconds per step by kind of operator, largest first."""
-    lines = [
-        "",
-        "## Where the time goes",
-        "",
-        "By the runtime's own profile, in untimed steps with a full memory; profiling costs time itself.",
-        "",
-    ]
-    lines += ["| workload | batch | runtime | step, ms | of these |", "|---|---:|---|---:|---|"]
-    for workload in workloads:
-        for run, one in zip(workload.runs, measured[workload.name], strict=True):
-            for profile in one.profiles:
-                kinds = sorted(profile["ms_by_kind"].items(), key=lambda item: -item[1])
-                parts = ", ".join(f"{kind} {ms:.1f} ({ms / profile['step_ms']:.0%})" for kind, ms in kinds)
-                lines.append(f"| {workload.name} | {run.batch_size} | {profile['runtime']} | {profile['step_ms']:.1f} | {parts} |")
+    lines = [f"# {workload.name}", "", workload.what, ""]
+    lines += ["| batch | runtime | baseline, ms | ours, ms | times as fast (95 %) | share of GEMM peak | roofline | goals | milliseconds |"]
+    lines += ["|---:|---|---:|---:|---|---:|---|---|---|"]
+    reasons = []
+    for v in verdicts:
+        low, high = v.speedup.interval_95
+        cells = [str(v.batch_size), v.runtime, f"{v.baseline_ms:.1f}", f"{v.own_ms:.1f}"]
+        cells += [f"{v.speedup.ratio:.2f} ({low:.2f} to {high:.2f})", f"{v.peak_share:.0%}"]
+        cells += [f"{v.roofline.share_of_peak:.0%}, {v.roofline.bound}" if v.roofline else "-", ", ".join(v.goals())]
+        cells += [{True: "VALID", False: "INVALID", None: "not judged"}[v.valid]]
+        lines.append("| " + " | ".join(cells) + " |")
+        if v.valid is False:
+            reasons.append(f"- Batch {v.batch_size}, {v.runtime}: {'; '.join(v.invalid_reasons)}.")
+    if reasons:
+        lines += ["", "INVALID milliseconds (ratios compare turns in pairs, so what hits both leaves them alone):", *reasons]
     return "\n".join([*lines, ""])
+
+
+def profile_table(workload: Workload, measured: list[Measured]) -> str:
+    """Return where the time goes in Markdown, milliseconds per step by kind of operator, largest first; nothing without profiles."""
+    rows = []
+    for run, one in zip(workload.runs, measured, strict=True):
+        for profile in one.profiles:
+            kinds = sorted(profile["ms_by_kind"].items(), key=lambda item: -item[1])
+            parts = ", ".join(f"{kind} {ms:.1f} ({ms / profile['step_ms']:.0%})" for kind, ms in kinds)
+            rows.append(f"| {run.batch_size} | {profile['runtime']} | {profile['step_ms']:.1f} | {parts} |")
+    if not rows:
+        return ""
+    told = "By the runtime's own profile, in untimed steps with a full memory; profiling costs time itself."
+    head = ["", "## Where the time goes", "", told, "", "| batch | runtime | step, ms | of these |", "|---:|---|---:|---|"]
+    return "\n".join([*head, *rows, ""])
+
+
+def provenance(record: Mapping[str, Any]) -> str:
+    """Return what was measured on what and when, as the record says it."""
+    machine, peaks = record["environment"], [one[f"peak_flops_{when}"] for one in record["results"] for when in ("before", "after")]
+    versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "onnxruntime") if machine["packages"].get(name))
+    return (
+        f"\nPeak of large products in FP32: {min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f} GFLOP/s in the course of this. "
+        f"{machine['cpu']}, {machine['threads']} threads, {versions}, commit {(machine['git_commit'] or 'unknown')[:12]}.\n"
+        f"Made by `python {record['command']}`, {record['date']}.\n"
+    )

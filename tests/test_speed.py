@@ -110,11 +110,12 @@ def test_targets_fall_into_the_clusters_as_they_are_to(speed: ModuleType) -> Non
 @pytest.mark.slow
 def test_a_small_run_proves_its_export_and_says_of_each_goal_whether_it_is_met(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "speed.py"), "base-cpu-fp32", "--quick", "--require-goals", "--profile"]
-    command += ["--work-dir", str(tmp_path / "work"), "--out", str(tmp_path / "speed")]
+    command += ["--work-dir", str(tmp_path / "work"), "--out", str(tmp_path / "records")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode in (0, 1), done.stderr
-    record: dict[str, Any] = json.loads((tmp_path / "speed.json").read_text())
-    (result,) = record["results"]["base-cpu-fp32"]
+    (written,) = (tmp_path / "records").glob("base-cpu-fp32_*.json")
+    record: dict[str, Any] = json.loads(written.read_text())
+    (result,) = record["results"]
     assert len(result["receipts"]) == 1
     assert {row["runtime"] for row in result["rows"]} == {"reference", "pytorch", "onnx"}
     assert all(row["verified"] is not False for row in result["rows"])
@@ -122,8 +123,8 @@ def test_a_small_run_proves_its_export_and_says_of_each_goal_whether_it_is_met(t
     assert goals
     assert all(goal.endswith(("met", "MISSED")) for goal in goals)
     assert (done.returncode == 1) == any("MISSED" in goal for goal in goals)
-    assert all(goal in (tmp_path / "speed.md").read_text() for goal in goals)
-    assert str(tmp_path) not in (tmp_path / "speed.json").read_text()
+    assert all(goal in written.with_suffix(".md").read_text() for goal in goals)
+    assert str(tmp_path) not in written.read_text()
     assert min(result["peak_flops_before"], result["peak_flops_after"]) > 0
     assert {profile["runtime"] for profile in result["profiles"]} == {"pytorch", "onnx fp32"}
     for profile in result["profiles"]:
@@ -197,10 +198,10 @@ def test_a_missed_goal_and_milliseconds_that_are_not_to_be_believed_are_shown_as
     speed: ModuleType, tables: ModuleType, best: Any
 ) -> None:
     workload = dataclasses.replace(speed.read_workload(BENCHMARKS / "workloads" / "base-cpu-fp32.yaml"), name="w")
-    shown = tables.table([dataclasses.replace(best, valid=False, invalid_reasons=("drift of 20 %",))], [workload])
+    shown = tables.table([dataclasses.replace(best, valid=False, invalid_reasons=("drift of 20 %",))], workload)
     assert "| 3× met, 75% of peak MISSED | INVALID |" in shown
     assert "- Batch 4, onnx fp32: drift of 20 %." in shown
-    assert "INVALID" not in tables.table([dataclasses.replace(best, valid=True)], [workload])
+    assert "INVALID" not in tables.table([dataclasses.replace(best, valid=True)], workload)
 
 
 def test_a_workload_that_promises_nothing_has_no_goals(speed: ModuleType, best: Any) -> None:
