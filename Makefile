@@ -32,7 +32,7 @@ help: ## list the targets
 demo: $(VENV)/.installed ## train, evaluate, export, check, measure and report on a small built-in corpus, in a few minutes
 	@PATH="$(abspath $(BIN)):$$PATH" benchmarks/demo.sh "$(DEMO_DIR)"
 
-bench: $(VENV)/.installed ## the named workloads of benchmarks/workloads against NVIDIA's way of computing: 20 minutes, 6 GiB
+bench: $(VENV)/.installed ## the named workloads of benchmarks/workloads against NVIDIA's way of computing: an hour, 6 GiB
 	@PATH="$(abspath $(BIN)):$$PATH" python benchmarks/speed.py $(WORKLOADS)
 
 bench-demo: $(VENV)/.installed ## measure the newest demo's models long enough for a sound p99; runs the demo first where there is none

@@ -1,6 +1,6 @@
 """Named workloads of `workloads/*.yaml`: ours against NVIDIA's way of computing, by turns in one run, with goals that are met or missed.
 
-    python benchmarks/speed.py                                       # every workload: some 50 minutes on two cores, 6 GiB of memory
+    python benchmarks/speed.py                                       # every workload: an hour on two cores, 6 GiB of memory
     python benchmarks/speed.py base-cpu-fp32 --work-dir runs/speed   # one; checkpoint, exports and receipts stay for the next time
     python benchmarks/speed.py wikitext2-cpu --checkpoint W/checkpoint_best.pt --data wikitext-2      # a trained model
     python benchmarks/speed.py base-cpu-fp32 --profile               # and where the time goes, by kind of operator

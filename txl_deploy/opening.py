@@ -85,6 +85,7 @@ def open_checkpoint(
             **lengths.as_dict(),
         )
         data = ModelData(checkpoint.dataset, checkpoint.vocabulary, checkpoint.data_folder)
+        del checkpoint  # whose weights would stay beside those that were packed or rounded
         yield Opened(eager, data, str(path), eager.of_length)
         return
     resolve_device(device, [runtime])  # before the work of exporting

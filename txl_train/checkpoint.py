@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import json
 import os
 import pickle
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ import txl_train
 from txl_train.config import ModelConfig, model_config_from_dict, to_dict
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import CheckpointError, EnvironmentUnfitError, TxlError, UsageError
+from txl_train.files import blocks
 from txl_train.model.inference import with_lengths
 from txl_train.model.transformer_xl import TransformerXL
 
@@ -35,7 +37,6 @@ FORMAT = "txl-checkpoint"
 VERSION = 1
 _COMMENT_PREFIX = b"txl-sha256:"
 _COMMENT_BYTES = len(_COMMENT_PREFIX) + 64
-_CHUNK_BYTES = 1 << 20
 _WRITE_AGAIN = "Use another checkpoint of the run, or train again."
 _IMPORT = "A checkpoint of NVIDIA, of the authors or of Hugging Face becomes one of txl with `txl import`."
 
@@ -92,7 +93,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "txl_version": txl_train.__version__,
         "model_config": to_dict(checkpoint.model_config),
         "model": _compact(checkpoint.model),
-        "vocabulary": checkpoint.vocabulary.to_dict(),
+        "vocabulary": checkpoint.vocabulary.to_json(),
         "dataset": checkpoint.dataset,
         "run": checkpoint.run,
         "progress": checkpoint.progress,
@@ -232,9 +233,8 @@ def _check_digest(file: BinaryIO, path: Path) -> str:
 
 def _digest(file: BinaryIO, n_bytes: int) -> hashlib._Hash:
     digest = hashlib.sha256()
-    while n_bytes > 0 and (chunk := file.read(min(_CHUNK_BYTES, n_bytes))):
-        digest.update(chunk)
-        n_bytes -= len(chunk)
+    for block in blocks(file, n_bytes):
+        digest.update(block)
     return digest
 
 
@@ -250,7 +250,7 @@ def _checkpoint_from(payload: object, path: Path) -> Checkpoint:
     kinds: dict[str, type | tuple[type, ...]] = {
         "model_config": dict,
         "model": dict,
-        "vocabulary": dict,
+        "vocabulary": (str, dict),
         "dataset": str,
         "run": dict,
         "progress": dict,
@@ -263,7 +263,10 @@ def _checkpoint_from(payload: object, path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: `model` holds something else than named tensors.", remedy=_WRITE_AGAIN)
     try:
         model_config = model_config_from_dict(payload["model_config"])
-        vocabulary = Vocabulary.from_dict(payload["vocabulary"])
+        written = payload[
+            "vocabulary"
+        ]  # as JSON: 268,000 strings of a pickle take a second to read; older files have the values themselves
+        vocabulary = Vocabulary.from_dict(json.loads(written) if isinstance(written, str) else written)
     except (TxlError, TypeError, ValueError, KeyError) as error:
         message = error.message if isinstance(error, TxlError) else f"its vocabulary is not understood ({error})."
         raise CheckpointError(f"{path}: {message}", remedy=_WRITE_AGAIN) from error

@@ -82,20 +82,29 @@ class OnnxRuntime(GraphRuntime):
         self._known = WeakTensorKeyDictionary()
         # TF32 would compute the products of an fp32 graph with 10 bits of mantissa, and is on unless it is turned off
         settings: dict[str, Any] = {"device_id": self._device.index or 0, "use_tf32": 0} if on_gpu else {}
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        options.enable_profiling = True
+
+        def start(profile: str | None = None) -> None:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            if threads is not None:
+                options.intra_op_num_threads = threads
+            if profile is not None:
+                options.enable_profiling, options.profile_file_prefix = True, profile
+                options.add_session_config_entry("session.disable_prepacking", "1")  # not worth it for one step
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=[(wanted, settings)], enable_fallback=0)
+            self._binding = self._session.io_binding()
+
         try:
+            # two sessions: one that was profiled keeps some 100 bytes of each later run, and a server would lose a gigabyte in a day
             with tempfile.TemporaryDirectory(prefix="txl-") as folder:
-                options.profile_file_prefix = str(Path(folder) / "profile")
-                self._session = onnxruntime.InferenceSession(str(path), options, providers=[(wanted, settings)], enable_fallback=0)
+                start(profile=str(Path(folder) / "profile"))
                 self._check_provider(wanted)
                 self._check_graph(path)
                 self._somewhere = torch.zeros(1, device=self._device)
-                self._binding = self._session.io_binding()
                 profile = self._profile()
+            del self._session, self._binding
+            start()
+            self._check_provider(wanted)
         except TxlError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no public base class

@@ -180,6 +180,10 @@ class Vocabulary:
         with whole_or_absent(path) as file:
             file.write((json.dumps(self.to_dict(), ensure_ascii=False, indent=0) + "\n").encode("utf-8", "surrogatepass"))
 
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON in ASCII, which a pickle reads at once."""
+        return json.dumps(self.to_dict())
+
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
         """Read what `save` wrote; a `DataError` names the file and what is wrong with it."""

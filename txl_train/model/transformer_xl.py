@@ -147,7 +147,8 @@ class TransformerXL(nn.Module):
         self.decoder = Decoder(self.layers)
         self.head = self._make_head()
         self.drop = nn.Dropout(config.dropout)
-        self.reset_parameters()
+        if torch.get_default_device().type != "meta":  # where there is nothing to draw, and drawing would load PyTorch's compiler
+            self.reset_parameters()
 
     def _make_biases(self) -> tuple[nn.Parameter, nn.Parameter]:
         shape = (self.config.n_head, self.config.d_head)

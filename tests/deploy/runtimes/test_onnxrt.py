@@ -99,6 +99,7 @@ def test_profiling_ends_before_the_first_real_step_and_leaves_no_file(
     ids = torch.zeros((1, TGT_LEN), dtype=torch.int64)
     runtime.step(ids, ids, runtime.initial_memory(1))
     assert list(tmp_path.iterdir()) == []
+    assert not runtime._session.get_session_options().enable_profiling, "one that was profiled loses 100 bytes with each later run"
 
 
 def cuda_info(runtime: Any) -> RuntimeInfo:
