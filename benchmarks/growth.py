@@ -44,12 +44,12 @@ from txl_train.model.memory import state_count, state_shape
 from txl_train.model.transformer_xl import TransformerXL
 
 RUNTIMES = ("pytorch", "onnx")
-NOTES = """What is held beyond the formulas has reasons. Eager PyTorch keeps keys and values in two stores that take turns, each with room for
-two memories, so that none is moved at most steps; a packed copy of the shortlist's matrix; and encoded distances. ONNX Runtime packs every
-matrix, and keeps those that the embedding reads too; its states are written into two sets in turn, and its steps need room for keys,
-values and scores."""
-LARGEST_GROWTH = 2**16
-"""Bytes per 10,000 segments that the resident size may grow by: one that is lost with every segment has at most six bytes."""
+NOTES = """What is held beyond the formulas has reasons. Eager PyTorch keeps keys and values in two stores that take turns, each with room
+for two memories, so that none is moved at most steps; a packed copy of the shortlist's matrix; and encoded distances. ONNX Runtime packs
+every matrix, and keeps those that the embedding reads too; its states are written into two sets in turn, and its steps need room for
+keys, values and scores."""
+LARGEST_GROWTH = 2**18
+"""Bytes per 10,000 segments that the resident size may grow by: what is lost with every segment has 26 bytes at most."""
 MOST_HELD = 1.05
 """How many times the bytes of weights or states by formula a process may hold for them."""
 
