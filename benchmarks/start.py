@@ -5,8 +5,7 @@
 
 `txl --help` beside an interpreter that does nothing, by turns. Opening the base model's checkpoint and ONNX artifact, beside reading and
 hashing the same files. Preparing a text of drawn words (Zipf's law, lines like WikiText's) beside a pass written after the way of NVIDIA's
-vocabulary and corpus: a counter of words over lines, and a tensor of ids per line, concatenated; both must yield the same ids. Writes
-<out>.json and <out>.md.
+vocabulary and corpus (`ReferenceVocabulary`); both must yield the same ids. Writes <out>.json and <out>.md.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,19 +107,50 @@ def write_text(folder: Path, n_words: int, vocabulary: int = 200_000) -> Path:
     return folder
 
 
+class ReferenceVocabulary:
+    """What the original does with a text of words: it is read and split twice, once to be counted and once to be turned into ids."""
+
+    def __init__(self) -> None:
+        self.numbers: OrderedDict[str, int] = OrderedDict()
+
+    def split(self, line: str) -> list[str]:
+        """Return the words of a line."""
+        return line.strip().split()
+
+    def count(self, path: Path) -> None:
+        """Number the words by descending count; the lines are kept as long as this takes."""
+        counter: Counter[str] = Counter()
+        lines = []
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                words = self.split(line)
+                counter.update(words)
+                lines.append(words)
+        for word in ("<eos>", *(word for word, _ in counter.most_common())):
+            if word not in self.numbers:
+                self.numbers[word] = len(self.numbers)
+
+    def number(self, word: str) -> int:
+        """Return the id of a word, looked up twice."""
+        if word in self.numbers:
+            return self.numbers[word]
+        raise KeyError(word)
+
+    def encode(self, path: Path) -> torch.Tensor:
+        """Return the text as ids: a tensor of each line, concatenated."""
+        lines = []
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                words = [*self.split(line), "<eos>"]
+                lines.append(torch.LongTensor([self.number(word) for word in words]))
+        return torch.cat(lines)
+
+
 def reference_ids(path: Path) -> torch.Tensor:
-    """Return a text's ids as the reference's way finds them: words counted line by line, then a tensor of each line, concatenated."""
-    counter: Counter[str] = Counter()
-    lines = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            symbols = [*line.strip().split(), "<eos>"]
-            counter.update(symbols[:-1])
-            lines.append(symbols)
-    numbers = {"<eos>": 0}
-    for word, _ in counter.most_common():
-        numbers.setdefault(word, len(numbers))
-    return torch.cat([torch.LongTensor([numbers[word] for word in line]) for line in lines])
+    """Return a text's ids as the reference's way finds them."""
+    vocabulary = ReferenceVocabulary()
+    vocabulary.count(path)
+    return vocabulary.encode(path)
 
 
 def measure_preparing(folder: Path, n_words: int, repeats: int) -> dict[str, Any]:
