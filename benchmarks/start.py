@@ -164,6 +164,7 @@ def measure_preparing(folder: Path, n_words: int, repeats: int) -> dict[str, Any
 
     def reference() -> None:
         found["reference"] = reference_ids(text / "train.txt")
+        torch.save(found["reference"], folder / "cache.pt")  # as the original does, and as ours are kept
 
     taken = by_turns({"ours": ours, "reference": reference}, repeats)
     same = len(found["ours"]) == len(found["reference"]) and bool(np.array_equal(found["ours"], found["reference"].numpy()))

@@ -175,13 +175,15 @@ class _LocalScan:
     def finish_writing(self) -> None:
         assert self._writing is not None
         file, offset, ids, dtype = self._writing
+        drops = ids is not None and bool((ids == DROPPED).any())
+        narrow = ids if ids is None or drops else ids.astype(dtype)  # before a text's worth of them is looked up
         with open(file, "r+b") as target:
             target.seek(offset)
             for numbers in self._spooled():
-                written = numbers if ids is None else ids[numbers]
-                if ids is not None:
+                written = numbers if narrow is None else narrow[numbers]
+                if drops:
                     written = written[written != DROPPED]
-                target.write(written.astype(dtype).data)
+                target.write(written.astype(dtype, copy=False).data)
 
 
 class _RemoteScan:
