@@ -76,6 +76,23 @@ _LEAST_SECONDS = 1.0
 
 _PROC = Path("/proc")
 _SYS_CPU = Path("/sys/devices/system/cpu")
+_EXTENSIONS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
+"""Names of the Linux kernel for what decides the speed of matrix products on x86 and on ARM."""
 _SYS_THERMAL = Path("/sys/class/thermal")
 
 
@@ -88,6 +105,7 @@ def describe_environment(*, threads: int | None = None, device: str = "cpu") -> 
     return {
         "time_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
+        "cpu_extensions": cpu_extensions(),
         "cores": os.cpu_count(),
         "cores_usable": _usable_cores(),
         "cpu_governor": _read(_SYS_CPU / "cpu0" / "cpufreq" / "scaling_governor"),
@@ -197,6 +215,18 @@ def cpu_model() -> str | None:
     if platform.system() == "Darwin":
         return _output(["sysctl", "-n", "machdep.cpu.brand_string"])
     return platform.processor() or platform.machine() or None
+
+
+def cpu_extensions() -> list[str]:
+    """Return the vector instructions that decide how fast products are, and of int8 what comes out; empty where the system does not tell.
+
+    One name of a processor may stand for machines with and without them, as clouds name them by maker alone.
+    """
+    for line in (_read(_PROC / "cpuinfo") or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return [name for name in _EXTENSIONS if name in value.split()]
+    return []
 
 
 def git_commit(package: Path | None = None) -> str | None:

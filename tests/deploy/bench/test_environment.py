@@ -59,6 +59,7 @@ def test_a_machine_that_tells_nothing_is_no_error(monkeypatch, tmp_path):
     )
     assert record["gpus"] == []
     assert record["cpu_governors"] == {}
+    assert record["cpu_extensions"] == []
     assert record["cpu_boost"] is record["cpu_mhz"] is record["cpu_temperature_c"] is None
     state = describe_state()
     assert state["cpu_busy_s"] is state["cpu_all_s"] is state["cpu_throttle_count"] is None
@@ -237,3 +238,16 @@ def test_a_package_installed_below_somebody_elses_checkout_has_no_commit(checkou
     installed = Path(checkout / "site-packages" / "module.py")
     installed.write_text("1\n")
     assert git_commit(installed) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx2 fma avx512_vnni_not avx512_vnni", ["avx2", "fma", "avx512_vnni"]),
+        ("Features\t: fp asimd asimddp i8mm", ["asimddp", "i8mm"]),
+    ],
+)
+def test_vector_instructions_are_told_by_their_whole_names(monkeypatch, tmp_path, line, expected):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    monkeypatch.setattr(environment, "_PROC", tmp_path)
+    assert environment.cpu_extensions() == expected
