@@ -14,6 +14,7 @@ import io
 import lzma
 import os
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -34,8 +35,11 @@ _COMPRESSED: tuple[tuple[bytes, Callable[[BinaryIO], Any]], ...] = (
     (b"BZh", bz2.BZ2File),
     (b"\xfd7zXZ\x00", lzma.LZMAFile),
 )
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, NotImplementedError, RuntimeError)
-"""What the standard library raises for damaged, incomplete, encrypted or unknown archives."""
+_DAMAGE = (
+    *(zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, struct.error),
+    *(NotImplementedError, RuntimeError, IndexError, ValueError),
+)
+"""What the standard library raises for damaged, incomplete, encrypted or unknown archives; the last two are of names in zips."""
 
 
 class Member:

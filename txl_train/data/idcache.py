@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 IdArray = npt.NDArray[np.integer[Any]]
 
 HEADER_BYTES = 1024
+_ID_TYPES = ("<u2", "<i4")
 _CHECKSUM_CHARS = 8
 _READ_BYTES = 1 << 22
 
@@ -177,5 +178,11 @@ def _unpack_header(header: bytes) -> dict[str, Any] | None:
     body = header[_CHECKSUM_CHARS:]
     if len(header) != HEADER_BYTES or header[:_CHECKSUM_CHARS] != f"{zlib.crc32(body):0{_CHECKSUM_CHARS}x}".encode("ascii"):
         return None
-    values = json.loads(body)
-    return values if isinstance(values, dict) else None
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or values.get("dtype") not in _ID_TYPES:
+        return None
+    counts = [values.get(name) for name in ("n_tokens", "n_unknown", "crc32")] + [values.setdefault("n_words", None) or 0]
+    return values if all(type(count) is int and count >= 0 for count in counts) else None

@@ -1,0 +1,201 @@
+"""Feeds damaged and hostile files to every reader, guided by coverage, and records what came of it.
+
+    python benchmarks/fuzz.py                                   # 100,000 inputs each; an hour or two on two cores
+    python benchmarks/fuzz.py --inputs 2000 --seconds 60 manifest receipt
+    pip install atheris                                         # guides by coverage; without it, changes are blind
+
+What is read, and what counts as a fault, stands in tests/fuzz. Each reader has a process of its own, so that a crash of native code is
+found and the others go on. An input that makes a fault is kept in --corpus. Exit code 1 if there was one. Writes
+benchmarks/results/fuzz_<device>_<yyyymm>.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from running import ROOT, child_environment, device_slug, without_folders
+
+INSTRUMENTED = ["txl_train", "txl_deploy", "zipfile", "tarfile", "pickletools", "yaml"]
+REPORTED = 30
+"""Different faults of one reader that are told."""
+
+
+def fuzz_one(name: str, n_inputs: int, seconds: float, corpus: Path, report: Path, seed: int, guided: bool) -> None:
+    """Run one reader in this process, and write what came of it to `report`."""
+    if guided:
+        import atheris
+
+        with atheris.instrument_imports(include=INSTRUMENTED):
+            from tests.fuzz import harness, mutate, targets
+    else:
+        from tests.fuzz import harness, mutate, targets
+    import torch
+
+    torch.set_num_threads(1)
+    target = targets.TARGETS[name]
+    outcomes: Counter[str] = Counter()
+    faults: dict[str, str] = {}
+    begun = time.monotonic()
+    work = tempfile.TemporaryDirectory(prefix="txl-fuzz-")
+    folder = Path(work.name).resolve() / "input"
+    os.environ["TXL_CACHE_DIR"] = str(folder / "cache")
+    seeds = harness.fresh(target, folder)
+
+    def finish() -> None:
+        document = {"inputs": sum(outcomes.values()), "seconds": time.monotonic() - begun, "outcomes": dict(outcomes), "faults": faults}
+        report.write_text(json.dumps(document))
+
+    def one(data: bytes) -> None:
+        (corpus / "current").write_bytes(data)  # what a crash leaves behind
+        try:
+            outcomes[harness.run(target, folder, data)] += 1
+        except harness.Fault as fault:
+            outcomes["fault"] += 1
+            kind = re.sub(r"\d+|0x\w+", "N", str(fault))[:60]
+            if kind not in faults and len(faults) < REPORTED:
+                faults[kind] = str(fault)
+                (corpus / f"fault-{len(faults)}").write_bytes(data)
+        if sum(outcomes.values()) >= n_inputs or time.monotonic() - begun > seconds:
+            finish()
+            work.cleanup()
+            os._exit(0)  # libFuzzer ends the process by itself too, but without telling
+
+    with harness.limited_memory(harness.LARGEST_BYTES):
+        if not guided:
+            for data in harness.inputs(target, seeds, n_inputs + 1, seed):
+                one(data)
+        for number, data in enumerate(seeds):
+            (corpus / f"seed-{number}").write_bytes(data)
+
+        def mutator(data: bytes, max_size: int, number: int) -> bytes:
+            chance = random.Random(number)
+            made = atheris.Mutate(data, max_size) if chance.random() < 0.4 else mutate.change(target, data, seeds, chance)
+            if target.mend is not None and chance.random() < 0.75:
+                with contextlib.suppress(Exception):
+                    made = target.mend(made)
+            return made[:max_size]
+
+        longest = 4 * max(len(data) for data in seeds) + 4096
+        options = [f"-max_len={longest}", f"-seed={seed}", "-timeout=60", "-rss_limit_mb=8192", "-runs=-1", str(corpus)]
+        atheris.Setup([sys.argv[0], *options], one, custom_mutator=mutator)
+        atheris.Fuzz()
+
+
+def run_target(name: str, options: argparse.Namespace, guided: bool) -> dict[str, Any]:
+    """Run one reader in a process of its own, and return what it and libFuzzer tell."""
+    corpus = options.corpus / name
+    corpus.mkdir(parents=True, exist_ok=True)
+    report = corpus / "report"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, __file__, name, "--one", "--inputs", str(options.inputs), "--seconds", str(options.seconds)]
+    command += ["--seed", str(options.seed), "--corpus", str(options.corpus), *([] if guided else ["--blind"])]
+    done = subprocess.run(
+        command, env=child_environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, errors="replace", check=False
+    )
+    if report.exists():
+        result: dict[str, Any] = json.loads(report.read_text())
+    else:
+        crash = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        result = {"inputs": None, "seconds": None, "outcomes": {}, "faults": {"crash": f"exit status {done.returncode}: {crash}"}}
+        (corpus / "stderr").write_text(done.stderr)
+    covered = [int(text) for text in re.findall(r"cov: (\d+)", done.stderr)]
+    result["coverage"] = [covered[0], covered[-1]] if covered else None
+    print(f"{name:22} {result['inputs'] or 0:>8} inputs  {result['outcomes']}  {'; '.join(result['faults'].values())[:300]}", flush=True)
+    return result
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the Markdown table of a record."""
+    lines = [
+        "| reader | inputs | read | refused by an error of ours | faults | seconds | edges of our code: first, last |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, result in results.items():
+        outcomes = result["outcomes"]
+        refused = sum(n for kind, n in outcomes.items() if kind not in ("read", "fault"))
+        covered = "not measured" if result["coverage"] is None else "{:,}, {:,}".format(*result["coverage"])
+        faults = outcomes.get("fault", 0) if result["inputs"] is not None else "crash"
+        seconds = f"{result['seconds'] or 0:,.0f}"
+        counts = [f"{n:,}" for n in (result["inputs"] or 0, outcomes.get("read", 0), refused)]
+        lines.append(f"| {' | '.join([name, *counts, str(faults), seconds, covered])} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the readers that the command line names, and write the record."""
+    sys.path.insert(0, str(ROOT))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", help="readers (default: all)")
+    parser.add_argument("--inputs", type=int, default=100_000, help="inputs for each reader (default 100000)")
+    parser.add_argument("--seconds", type=float, default=3600, help="seconds for each reader at most (default 3600)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--corpus", type=Path, default=ROOT / "runs" / "fuzz", help="where inputs are kept (default runs/fuzz)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the record")
+    parser.add_argument("--jobs", type=int, default=1, help="readers side by side (default 1)")
+    parser.add_argument("--blind", action="store_true", help="without coverage, even where atheris is installed")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.corpus = options.corpus.resolve()
+    guided = not options.blind and importlib.util.find_spec("atheris") is not None
+    if options.one:
+        corpus = options.corpus / options.targets[0]
+        fuzz_one(options.targets[0], options.inputs, options.seconds, corpus, corpus / "report", options.seed, guided)
+        return 0
+    from tests.fuzz.targets import TARGETS
+    from txl_deploy.bench.environment import describe_environment
+
+    unknown = sorted(set(options.targets) - set(TARGETS))
+    if unknown:
+        parser.error(f"there is no reader {', '.join(unknown)}; there are {', '.join(TARGETS)}")
+    names = options.targets or list(TARGETS)
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        results = dict(zip(names, pool.map(lambda name: run_target(name, options, guided), names)))
+    environment = describe_environment()
+    now = datetime.datetime.now(datetime.timezone.utc)
+    command = f"benchmarks/fuzz.py --inputs {options.inputs} --seconds {options.seconds:g} --seed {options.seed}"
+    document = {
+        "theme": "fuzz",
+        "time_utc": now.isoformat(timespec="seconds"),
+        "command": " ".join([command, *options.targets]),
+        "guided_by": f"atheris {importlib.metadata.version('atheris')}" if guided else None,
+        "environment": environment,
+        "results": without_folders(results),
+    }
+    path = options.out / f"fuzz_{device_slug(None, environment['cores'])}_{now:%Y%m}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    faults = [f"- {name}: {text}" for name, result in document["results"].items() for text in result["faults"].values()]
+    guide = "guided by coverage (atheris)" if guided else "without coverage"
+    text = [
+        f"# Damaged and hostile files, {now:%Y-%m-%d}",
+        "",
+        f"`{document['command']}`, {guide}. Figures: [{path.name}]({path.name}). What counts as a fault: tests/fuzz/harness.py.",
+        "",
+        table(results),
+        "",
+        "Faults:" if faults else "No faults.",
+        *(["", *faults] if faults else []),
+        "",
+    ]
+    path.with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
