@@ -194,7 +194,8 @@ def test_no_pickle_of_a_stranger_is_executed(name: str, folder: Path) -> None:
                 after.comment = before.comment
             data = target.mend(made.getvalue()) if target.mend else made.getvalue()
         else:
-            data = valid[: valid.index(b"\x80\x02", 20)] + gadget if name.endswith("legacy") else gadget
+            marked = gadget if gadget.startswith(b"\x80") else b"\x80\x02" + gadget  # else it would be read as a list of words
+            data = valid[: valid.index(b"\x80\x02", 20)] + gadget if name.endswith("legacy") else marked
         assert run(target, folder, data) == "CheckpointError", what
     assert not Path("pwned").exists()
 
