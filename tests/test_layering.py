@@ -18,7 +18,7 @@ CORNERS = {
     "onnxscript": ("txl_deploy/export/",),
     "polygraphy": ("txl_deploy/parity/layers.py",),
     "onnxruntime": ("txl_deploy/runtimes/onnxrt.py",),
-    "sacremoses": ("txl_train/data/tokenizers.py", "txl_train/protocols.py"),
+    "sacremoses": ("txl_train/data/tokenizers.py", "txl_train/data/detokenizers.py", "txl_train/protocols.py"),
     "tiktoken": ("txl_train/data/bpe.py",),
     "matplotlib": tuple(f"txl_deploy/bench/{name}.py" for name in ("plots", "plots_bench", "plots_parity", "plots_training")),
     "jinja2": ("txl_deploy/bench/report/page.py",),

@@ -59,3 +59,29 @@ def encode_manual(model_data: ModelData, texts: Sequence[str], *, dataset: str |
     if len(ids) < 2:
         raise DataError("The text has fewer than two tokens, so there is nothing to predict.", remedy="Give more text to `--manual`.")
     return ids, n_unknown
+
+
+def encode_prompt(model_data: ModelData, text: str, *, dataset: str | None) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Tokenise the beginning of a text the way the data set was built; return its ids (int64) and the words the vocabulary lacks.
+
+    Its last line has an end only if the text ends with a line break. A text without tokens becomes the end of a line, after which a new
+    one begins.
+
+    Raises:
+        DataError: there is no token, and the vocabulary has none for the end of a line.
+    """
+    vocabulary = model_data.vocabulary
+    spec = get_dataset(dataset or model_data.dataset)
+    subwords = vocabulary.unit == "subword"
+    lines = subword_lines(text, spec) if subwords else raw_lines(text, spec.name)
+    ids = encode_text(lines, spec, vocabulary) if lines else np.array([], dtype=np.int64)
+    if (subwords or spec.line_token is not None) and lines and not text.endswith("\n"):
+        ids = ids[:-1]
+        if subwords and spec.line_padding:  # a blank that begins the next word rather than one that ends the line
+            ids = encode_text([*lines[:-1], lines[-1].removesuffix(spec.line_padding)], spec, vocabulary)[:-1]
+    if not len(ids):
+        if vocabulary.eos_id is None:
+            raise DataError("The prompt has no token, so there is nothing to go on from.", remedy="Give some text to `--prompt`.")
+        ids = np.array([vocabulary.eos_id], dtype=np.int64)
+    unknown = [] if subwords else [token for line in lines for token in line.split() if token not in vocabulary]
+    return ids, unknown

@@ -58,6 +58,7 @@ def open_checkpoint(
     lengths: Lengths,
     memory: MemoryKind | None = None,
     dtype: Dtype | None = None,
+    head: HeadKind = "nll",
     device: str = "cpu",
     threads: int | None = None,
     keep: Path | None = None,
@@ -79,6 +80,7 @@ def open_checkpoint(
             path,
             memory=memory,
             dtype=chosen,
+            head=head,
             device=device,
             threads=threads,
             compiled=runtime == "compiled",
@@ -93,7 +95,9 @@ def open_checkpoint(
 
         def export(out: Path, wanted: Lengths) -> Opened:
             form = cast(Literal["onnx", "torchscript"], runtime)
-            export_artifact(ExportRequest(checkpoint=path, out=out, format=form, memory=memory, dtype=chosen, **wanted.as_dict()))
+            export_artifact(
+                ExportRequest(checkpoint=path, out=out, format=form, memory=memory, dtype=chosen, head=head, **wanted.as_dict())
+            )
             return open_exported(out, device=device, threads=threads)
 
         @functools.cache
