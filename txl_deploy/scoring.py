@@ -16,6 +16,7 @@ from txl_deploy import claims
 from txl_deploy.bench.stats import LatencySummary
 from txl_deploy.corpora import ModelData, encode_manual, open_corpus
 from txl_deploy.opening import Opened
+from txl_deploy.score import COUNTED_FROM_END
 from txl_train import metrics
 from txl_train.data.corpus import IdArray, check_vocabulary
 from txl_train.data.datasets import EOS, get_dataset
@@ -34,9 +35,6 @@ from txl_train.protocols import (
     nvidia_words,
     own_streams,
 )
-
-_COUNTED_FROM_END = ("sinusoidal", "learned")
-"""Kinds of attention to which a segment that is filled up behind its end is another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +172,7 @@ def plan(opened: Opened, text: Text, request: Request, world: World) -> Plan:
         columns=streams,
         max_segments=request.max_size,
     )
-    from_end = info.config.attn_type in _COUNTED_FROM_END
+    from_end = info.config.attn_type in COUNTED_FROM_END
     lengths = segments.lengths_to_continue() if from_end or (request.repeat > 1 and mem_len > 0) else set()
     if lengths and ext_len and from_end:
         raise UsageError(

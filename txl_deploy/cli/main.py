@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "parity": ("txl_deploy.cli.parity:command", "Prove that an exported model computes what its checkpoint does."),
     "bench": ("txl_deploy.cli.bench:command", "Latency, throughput and perplexity at several batch sizes."),
     "generate": ("txl_deploy.cli.generate:command", "Go on with a text, on any runtime."),
+    "score": ("txl_deploy.cli.score:command", "Perplexity of each line, document or file of a text."),
     "report": ("txl_deploy.cli.report:command", "One page of tables and plots from measured results."),
     "data": ("txl_deploy.cli.data:command", "Build a data set, or count what is in one."),
     "import": ("txl_deploy.cli.import_:command", "Make a checkpoint of NVIDIA, the authors or Hugging Face one of ours."),
