@@ -162,7 +162,7 @@ class _Feed(Generic[Unit]):
             for item in items:
                 if not self._put((True, item)):
                     return
-        except BaseException as error:  # noqa: BLE001  # told to whoever waits for the next item
+        except BaseException as error:  # told to whoever waits for the next item
             self.error = error
         self._put((False, None))
 
