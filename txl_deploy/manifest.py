@@ -24,7 +24,7 @@ FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 2
 RECEIPT_NAMES = r"receipt(-\w+)?\.json"
 PARENT_FILE = "parent.json"
-"""The manifest of the graph that an engine was built from, kept beside the engine."""
+"""The manifest of the graph that an engine or a graph for servers was made from, kept beside it."""
 
 Format = Literal["onnx", "torchscript", "trt", "trt-rtx"]
 MODEL_FILES: dict[str, str] = {"onnx": "model.onnx", "torchscript": "model.pt", "trt": "model.plan", "trt-rtx": "model.plan"}
@@ -47,7 +47,8 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Parent:
-    """The artifact that another one was made from: the graph of an engine. Its manifest lies beside the engine as `parent.json`."""
+    """The artifact that another one was made from: the graph of an engine, or of a graph in the form for servers. Its manifest lies beside
+    that as `parent.json`."""
 
     manifest_sha256: str
     """Checksum of its `manifest.json`."""
@@ -184,8 +185,11 @@ class Manifest:
     def __post_init__(self) -> None:
         if (self.engine is not None) != (self.format in ("trt", "trt-rtx")):
             raise ManifestError(f"`engine` must be there for engines and for nothing else, but `format` is {self.format}.")
-        if (self.engine is not None) != (self.source.parent is not None):
-            raise ManifestError(f"`source.parent` must be there for engines and for nothing else, but `format` is {self.format}.")
+        if (self.engine is not None or self.served) != (self.source.parent is not None):
+            raise ManifestError(
+                "`source.parent` must be there for engines and graphs for servers and for nothing else, "
+                f"but `format` is {self.format}."
+            )
         if self.engine is not None and (self.batch.max is None or self.source.parent is None or self.source.parent.format != "onnx"):
             raise ManifestError("An engine must have a largest batch, and an ONNX graph that it was built from.")
         if self.settings.dtype == "int8" and (self.format != "onnx" or self.settings.memory_dtype != "fp32"):
@@ -212,6 +216,11 @@ class Manifest:
         ):
             if number is not None and number < low:
                 raise ManifestError(f"`{where}` must be {low} or more, but is {number} instead.")
+
+    @property
+    def served(self) -> bool:
+        """Whether the graph has the form for servers (`signature.step_signature`): its valid lengths have an axis behind that of streams."""
+        return any(record.name == "memory_length" and len(record.axes) == 2 for record in self.inputs)
 
 
 @dataclass(frozen=True)

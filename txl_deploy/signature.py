@@ -42,6 +42,7 @@ def step_signature(
     head: HeadKind = "nll",
     memory_dtype: str = "fp32",
     batch: int | None = None,
+    served: bool = False,
 ) -> Signature:
     """Return the signature of the step with that head (`model.inference.STEPS`), its lists laid out flat.
 
@@ -51,10 +52,15 @@ def step_signature(
 
     Args:
         batch: a fixed number of streams; None leaves the axis free.
+        served: the form for servers that keep the memory of each stream themselves and put streams side by side: every tensor begins with
+            the axis of streams and has another one behind it. So there are no `target_rows` (the graph finds them), and the valid lengths
+            are [B, 1].
     """
     streams: int | str = BATCH if batch is None else batch
     tokens = (streams, tgt_len)
-    rows = [TensorSpec(f"target_rows.{i}", "int64", (f"target_rows_{i}",)) for i in range(1, config.n_cluster + 1)]
+    clusters = range(1, config.n_cluster + 1) if not served else ()
+    rows = [TensorSpec(f"target_rows.{i}", "int64", (f"target_rows_{i}",)) for i in clusters]
+    lengths: tuple[int | str, ...] = (streams, 1) if served else (streams,)
     state_axes: tuple[int | str, ...] = (streams, *state_shape(config, memory, 1)[1:])
     old, new = state_names(config, memory)
     targets = [TensorSpec("target_ids", "int64", tokens), *rows] if head == "nll" else []
@@ -62,12 +68,12 @@ def step_signature(
         inputs=(
             TensorSpec("input_ids", "int64", (streams, config.ext_len + tgt_len)),
             *targets,
-            TensorSpec("memory_length", "int64", (streams,)),
+            TensorSpec("memory_length", "int64", lengths),
             *(TensorSpec(name, ELEMENTS[memory_dtype], state_axes) for name in old),
         ),
         outputs=(
             TensorSpec(head, "float32", tokens if head == "nll" else (streams, config.vocab_size)),
-            TensorSpec("new_memory_length", "int64", (streams,)),
+            TensorSpec("new_memory_length", "int64", lengths),
             *(TensorSpec(name, ELEMENTS[memory_dtype], state_axes) for name in new),
         ),
     )

@@ -63,7 +63,7 @@ def export_onnx(step: FixedStep, directory: Path, metadata: dict[str, str], *, b
         entry = model.metadata_props.add()
         entry.key, entry.value = f"txl.{key}", value
     _name_axes(model, signature)
-    _check_signature(model, signature)
+    check_signature(model, signature)
     path = directory / FILE_NAME
     external = sum(tensor.ByteSize() for tensor in model.graph.initializer) > EXTERNAL_DATA_BYTES
     onnx.save_model(model, str(path), save_as_external_data=external, location=DATA_FILE_NAME, size_threshold=1024)
@@ -181,7 +181,7 @@ def _name_axes(model: onnx.ModelProto, signature: Signature) -> None:
                 dim.dim_param = names[dim.dim_param]
 
 
-def _check_signature(model: onnx.ModelProto, signature: Signature) -> None:
+def check_signature(model: onnx.ModelProto, signature: Signature) -> None:
     names = {1: "float32", 7: "int64", 10: "float16"}  # TensorProto.DataType
     for expected, values in ((signature.inputs, model.graph.input), (signature.outputs, model.graph.output)):
         found = []

@@ -157,7 +157,7 @@ def bisect(reference: EagerRuntime, candidate: Runtime, graph: Path, segments: S
     same = Memory([state.float() for state in given.states], memory.length_B)  # what both can represent
 
     recorded, result, states = _record(reference, segment, same)
-    inputs = _named_inputs(reference, segment, given)
+    inputs = _named_inputs(reference, segment, given, served=info.served)
     marked = _run_marked(graph, info.provider, inputs)
     tensors: list[TensorParity] = []
     outputs = dict(zip(state_names(info.config, info.memory)[1], states))
@@ -304,14 +304,17 @@ def _modules_followed(step: nn.Module, stack: list[str]) -> Iterator[None]:
             hook.remove()
 
 
-def _named_inputs(reference: EagerRuntime, segment: Segment, memory: Memory) -> dict[str, npt.NDArray[Any]]:
+def _named_inputs(reference: EagerRuntime, segment: Segment, memory: Memory, *, served: bool) -> dict[str, npt.NDArray[Any]]:
+    """Return a segment's inputs by name, of a graph in the form for servers if it is `served`."""
     info = reference.info
     tensors = [torch.from_numpy(segment.input_ids_BT)]
     if info.head == "nll":
         targets_BT = torch.from_numpy(segment.target_ids_BT)
-        tensors += [targets_BT, *cluster_rows(targets_BT.reshape(-1), list(info.config.cluster_ends))]
-    tensors += [memory.length_B, *memory.states]
-    names = [spec.name for spec in step_signature(info.config, tgt_len=info.tgt_len, memory=info.memory, head=info.head).inputs]
+        rows = [] if served else cluster_rows(targets_BT.reshape(-1), list(info.config.cluster_ends))
+        tensors += [targets_BT, *rows]
+    tensors += [memory.length_B[:, None] if served else memory.length_B, *memory.states]
+    signature = step_signature(info.config, tgt_len=info.tgt_len, memory=info.memory, head=info.head, served=served)
+    names = [spec.name for spec in signature.inputs]
     return {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in zip(names, tensors, strict=True)}
 
 

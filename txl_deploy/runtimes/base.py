@@ -50,6 +50,8 @@ class RuntimeInfo:
     """Type of the states: fp32 or fp16."""
     head: HeadKind = "nll"
     """What a step yields: `nll` for `step`, `logits` or `log_probs` for `next_token`."""
+    served: bool = False
+    """Whether the graph has the form for servers (`signature.step_signature`); it computes the same."""
     tgt_len: int
     """Tokens per stream and step."""
     max_batch: int | None = None

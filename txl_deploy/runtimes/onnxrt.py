@@ -75,7 +75,13 @@ class OnnxRuntime(GraphRuntime):
         super().__init__(info)
         fixed = info.max_batch if info.max_batch == info.min_batch else None
         self._signature = step_signature(
-            info.config, tgt_len=info.tgt_len, memory=info.memory, head=info.head, memory_dtype=info.memory_dtype, batch=fixed
+            info.config,
+            tgt_len=info.tgt_len,
+            memory=info.memory,
+            head=info.head,
+            memory_dtype=info.memory_dtype,
+            batch=fixed,
+            served=info.served,
         )
         self._result_len = info.tgt_len if info.head == "nll" else info.config.vocab_size
         self._device = torch.device(info.device)
@@ -154,21 +160,23 @@ class OnnxRuntime(GraphRuntime):
 
     def run(self, input_ids_BQ: Tensor, target_ids_BT: Tensor | None, rows: list[Tensor], memory: Memory) -> tuple[Tensor, Memory]:
         """Bind everything where it lies, and run the graph."""
-        targets = [] if target_ids_BT is None else [target_ids_BT, *rows]
-        inputs = [tensor.contiguous() for tensor in (input_ids_BQ, *targets, memory.length_B, *memory.states)]
+        served = self._info.served
+        targets = [] if target_ids_BT is None else [target_ids_BT] if served else [target_ids_BT, *rows]
+        length_BX = memory.length_B[:, None] if served else memory.length_B
+        inputs = [tensor.contiguous() for tensor in (input_ids_BQ, *targets, length_BX, *memory.states)]
         B = input_ids_BQ.shape[0]
         result = torch.empty((B, self._result_len), device=self._device)
-        length_B = torch.empty_like(memory.length_B)
+        new_length_BX = torch.empty_like(length_BX)
         target = self._next_buffers(self._source(memory), B)
         self._bind(self._binding.bind_input, self._signature.inputs, inputs)
-        self._bind(self._binding.bind_output, self._signature.outputs, [result, length_B, *target.states])
+        self._bind(self._binding.bind_output, self._signature.outputs, [result, new_length_BX, *target.states])
         self.synchronize()
         self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
         states = [state.detach() for state in target.states]  # objects for this memory alone, by which it is known
         for state in states:
             self._known[state] = (target, target.written)
-        return result, Memory(states, length_B)
+        return result, Memory(states, new_length_BX.view(B))
 
     def _source(self, memory: Memory) -> _Buffers | None:
         """Return the set of buffers that a memory lies in; None if any part of it came from elsewhere, which is read where it lies."""

@@ -90,6 +90,7 @@ def open_artifact(directory: Path, *, device: str = "cpu", threads: int | None =
         memory=manifest.settings.memory,
         memory_dtype=manifest.settings.memory_dtype,
         head=manifest.settings.head,
+        served=manifest.served,
         min_batch=manifest.batch.min,
         max_batch=manifest.batch.max,
         tgt_len=manifest.settings.tgt_len,

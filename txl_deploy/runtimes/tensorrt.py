@@ -209,10 +209,16 @@ class TensorRTRuntime(GraphRuntime):
         self._device = torch.device(info.device)
         fixed = info.max_batch if info.max_batch == info.min_batch else None
         self._signature = step_signature(
-            info.config, tgt_len=info.tgt_len, memory=info.memory, head=info.head, memory_dtype=info.memory_dtype, batch=fixed
+            info.config,
+            tgt_len=info.tgt_len,
+            memory=info.memory,
+            head=info.head,
+            memory_dtype=info.memory_dtype,
+            batch=fixed,
+            served=info.served,
         )
         _check_engine(engine, self._signature, info)
-        self._n_rows = info.config.n_cluster if info.head == "nll" else 0
+        self._n_rows = info.config.n_cluster if info.head == "nll" and not info.served else 0
         self._launcher: Launcher = CudaLauncher(info.device) if launcher is None else launcher
         self._tokens: dict[int, _Tokens] = {}
         self._known = WeakTensorKeyDictionary()
@@ -231,12 +237,12 @@ class TensorRTRuntime(GraphRuntime):
             source = self._buffers_of(memory, B)
             target = self._next_buffers(source, B)
             targets = [] if target_ids_BT is None else [target_ids_BT]
-            sizes = tokens.fill([input_ids_BQ, *targets], rows, memory.length_B)
+            sizes = tokens.fill([input_ids_BQ, *targets], rows[: self._n_rows], memory.length_B)
             self._execute((B, *sizes), tokens, source, target)
-        result, length_B, *states = target.tensors
+        result, length_BX, *states = target.tensors
         states[0] = states[0].view_as(states[0])  # an object for this memory alone, by which it is known
         self._known[states[0]] = (target, target.written)
-        return result, Memory(states, length_B)
+        return result, Memory(states, length_BX.view(B))
 
     def _buffers_of(self, memory: Memory, B: int) -> _Buffers:
         """Return the set that a memory is in: that of the step which made it, or a new one with a copy of what came from elsewhere."""
@@ -362,13 +368,13 @@ class _Tokens:
         self._padding = B * int(specs["input_ids"].axes[1]) if n_rows == 0 else self._ids[1].numel()
         # apart, so that each begins at an address that TensorRT takes
         self._rows = [torch.full((self._padding,), self._padding, dtype=torch.int64, device=device) for _ in range(n_rows)]
-        self._length_B = torch.zeros(B, dtype=torch.int64, device=device)
+        self._length_BX = torch.zeros(_shape(specs["memory_length"], B), dtype=torch.int64, device=device)
 
     def fill(self, ids: Sequence[Tensor], rows: Sequence[Tensor], length_B: Tensor) -> list[int]:
         """Copy tokens, rows and valid lengths to their place; return the padded number of rows of each cluster."""
         for place, tensor in zip(self._ids, ids, strict=True):
             place.copy_(tensor)
-        self._length_B.copy_(length_B)
+        self._length_BX.copy_(length_B.view_as(self._length_BX))
         sizes = []
         for place_R, rows_R in zip(self._rows, rows, strict=True):
             count = rows_R.shape[0]
@@ -380,7 +386,7 @@ class _Tokens:
 
     def given(self, sizes: Sequence[int]) -> list[Tensor]:
         """Return the inputs before the states, in the order of the call."""
-        return [*self._ids, *(place_R[:size] for place_R, size in zip(self._rows, sizes, strict=True)), self._length_B]
+        return [*self._ids, *(place_R[:size] for place_R, size in zip(self._rows, sizes, strict=True)), self._length_BX]
 
 
 class _Buffers:

@@ -118,6 +118,11 @@ def check_build(manifest: Manifest, spec: EngineSpec) -> tuple[Api, list[Profile
             f"{NAMES[spec.package]} has no matrix products of fp32 for compute capability 7.5, and this graph is in fp32.",
             remedy="Export it with `--dtype fp16`, or build with TensorRT on a GPU of compute capability 7.5.",
         )
+    if spec.package == "tensorrt_rtx" and manifest.served and manifest.settings.head == "nll":
+        raise EnvironmentUnfitError(
+            f"{NAMES[spec.package]} has no NonZero, by which a graph for servers finds the targets of each cluster.",
+            remedy="Build it with TensorRT on its target, by a kit: `--kit`; servers run engines of TensorRT alone.",
+        )
     api = find(spec.package)
     api.check_target(_build_spec(Path(GRAPH_FILE), spec, profiles))
     return api, profiles
