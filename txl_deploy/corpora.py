@@ -61,14 +61,10 @@ def encode_manual(model_data: ModelData, texts: Sequence[str], *, dataset: str |
     return ids, n_unknown
 
 
-def encode_prompt(model_data: ModelData, text: str, *, dataset: str | None) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """Tokenise the beginning of a text the way the data set was built; return its ids (int64) and the words the vocabulary lacks.
+def encode_part(model_data: ModelData, text: str, *, dataset: str | None = None) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Tokenise a part of a text the way the data set was built; return its ids (int64, perhaps none) and the words the vocabulary lacks.
 
-    Its last line has an end only if the text ends with a line break. A text without tokens becomes the end of a line, after which a new
-    one begins.
-
-    Raises:
-        DataError: there is no token, and the vocabulary has none for the end of a line.
+    Its last line has an end only if the text ends with a line break. Raises `DataError` for words that the vocabulary has no id for.
     """
     vocabulary = model_data.vocabulary
     spec = get_dataset(dataset or model_data.dataset)
@@ -79,9 +75,20 @@ def encode_prompt(model_data: ModelData, text: str, *, dataset: str | None) -> t
         ids = ids[:-1]
         if subwords and spec.line_padding:  # a blank that begins the next word rather than one that ends the line
             ids = encode_text([*lines[:-1], lines[-1].removesuffix(spec.line_padding)], spec, vocabulary)[:-1]
-    if not len(ids):
-        if vocabulary.eos_id is None:
-            raise DataError("The prompt has no token, so there is nothing to go on from.", remedy="Give some text to `--prompt`.")
-        ids = np.array([vocabulary.eos_id], dtype=np.int64)
     unknown = [] if subwords else [token for line in lines for token in line.split() if token not in vocabulary]
+    return ids, unknown
+
+
+def encode_prompt(model_data: ModelData, text: str, *, dataset: str | None) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Tokenise the beginning of a text as `encode_part` does; one without tokens becomes the end of a line, after which a new one begins.
+
+    Raises:
+        DataError: there is no token, and the vocabulary has none for the end of a line.
+    """
+    ids, unknown = encode_part(model_data, text, dataset=dataset)
+    eos_id = model_data.vocabulary.eos_id
+    if not len(ids):
+        if eos_id is None:
+            raise DataError("The prompt has no token, so there is nothing to go on from.", remedy="Give some text to `--prompt`.")
+        ids = np.array([eos_id], dtype=np.int64)
     return ids, unknown

@@ -187,8 +187,7 @@ class Manifest:
             raise ManifestError(f"`engine` must be there for engines and for nothing else, but `format` is {self.format}.")
         if (self.engine is not None or self.served) != (self.source.parent is not None):
             raise ManifestError(
-                "`source.parent` must be there for engines and graphs for servers and for nothing else, "
-                f"but `format` is {self.format}."
+                f"`source.parent` must be there for engines and graphs for servers and for nothing else, but `format` is {self.format}."
             )
         if self.engine is not None and (self.batch.max is None or self.source.parent is None or self.source.parent.format != "onnx"):
             raise ManifestError("An engine must have a largest batch, and an ONNX graph that it was built from.")

@@ -182,6 +182,7 @@ def _name_axes(model: onnx.ModelProto, signature: Signature) -> None:
 
 
 def check_signature(model: onnx.ModelProto, signature: Signature) -> None:
+    """Raise `ValidationError` where a graph has other inputs or outputs than its signature says."""
     names = {1: "float32", 7: "int64", 10: "float16"}  # TensorProto.DataType
     for expected, values in ((signature.inputs, model.graph.input), (signature.outputs, model.graph.output)):
         found = []

@@ -178,7 +178,9 @@ def serve_graph(model: onnx.ModelProto, cluster_ends: list[int]) -> None:
             helper.make_node("And", [f"{name}.above", f"{name}.below"], [f"{name}.within"], name=f"served/cluster_{i}/within"),
             helper.make_node("NonZero", [f"{name}.within"], [f"{name}.found_1R"], name=f"served/cluster_{i}/found"),
             helper.make_node("Reshape", [f"{name}.found_1R", "served.flat"], [f"{name}.found_R"], name=f"served/cluster_{i}/rows"),
-            helper.make_node("Concat", [f"{name}.found_R", "served.padding"], [f"target_rows.{i}"], name=f"served/cluster_{i}/padded", axis=0),
+            helper.make_node(
+                "Concat", [f"{name}.found_R", "served.padding"], [f"target_rows.{i}"], name=f"served/cluster_{i}/padded", axis=0
+            ),
         ]
     kept = [value for value in graph.input if not value.name.startswith("target_rows.")]
     del graph.input[:]

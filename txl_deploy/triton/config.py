@@ -72,30 +72,14 @@ class ServeOptions:
             raise UsageError(f"`--max-idle` must be within 0.1 and 1e9 seconds, but is {self.max_idle_s} instead.")
 
 
-def python_config(options: ServeOptions, *, head: str) -> dict[str, Any]:
+def python_config(options: ServeOptions) -> dict[str, Any]:
     """Return the configuration of a model that runs in the Python backend (`txl_deploy.triton.model`).
 
     A sequence sends text or token ids, of any length up to `max_tokens`. Its memory is kept by the model, which learns what happens to a
     sequence from the flags of its requests.
     """
     inputs = [("text", "TYPE_STRING", 1), ("input_ids", "TYPE_INT64", -1)]
-    if head == "nll":
-        outputs = [("token_ids", "TYPE_INT64", -1), ("nll", "TYPE_FP32", -1), ("counted", "TYPE_BOOL", -1)]
-    else:
-        inputs += [
-            ("max_tokens", "TYPE_INT64", 1),
-            ("temperature", "TYPE_FP32", 1),
-            ("top_k", "TYPE_INT64", 1),
-            ("top_p", "TYPE_FP32", 1),
-            ("seed", "TYPE_INT64", 1),
-            ("stop", "TYPE_STRING", -1),
-        ]
-        outputs = [
-            ("text_out", "TYPE_STRING", 1),
-            ("token_ids", "TYPE_INT64", -1),
-            ("log_p", "TYPE_FP32", -1),
-            ("stop_reason", "TYPE_STRING", 1),
-        ]
+    outputs = [("token_ids", "TYPE_INT64", -1), ("nll", "TYPE_FP32", -1), ("counted", "TYPE_BOOL", -1)]
     parameters = {
         "max_tokens": options.max_tokens,
         "fixed_rows": str(options.fixed_rows).lower(),
