@@ -218,7 +218,7 @@ class Manifest:
 
     @property
     def served(self) -> bool:
-        """Whether the graph has the form for servers (`signature.step_signature`): its valid lengths have an axis behind that of streams."""
+        """Whether the graph has the form for servers (`signature.step_signature`), which its valid lengths tell."""
         return any(record.name == "memory_length" and len(record.axes) == 2 for record in self.inputs)
 
 

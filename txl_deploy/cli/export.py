@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from txl_deploy.cli.export_triton import TritonOptions, serve, triton_options
 from txl_deploy.cli.lengths import length_options, memory_option
 from txl_deploy.cli.options import command_line, dataset_options, echo_json, json_option, threads_option, verbosity_options
 from txl_train.errors import EnvironmentUnfitError, UsageError
@@ -24,15 +25,21 @@ TRT_FORMATS = ("trt", "trt-rtx")
     "--checkpoint", "--model", type=click.Path(path_type=Path), metavar="FILE", help="A checkpoint that `txl train` or `txl import` wrote."
 )
 @click.option(
-    "--artifact", type=click.Path(path_type=Path), metavar="DIR", help="For an engine: build it from this exported ONNX graph instead."
+    "--artifact",
+    "artifacts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="DIR",
+    help="An exported model instead. For an engine: the ONNX graph to build it from; with --for-triton: the graph to rewrite; for triton: "
+    "the model to serve (engines for different GPUs: several times).",
 )
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(["onnx", "torchscript", *TRT_FORMATS]),
+    type=click.Choice(["onnx", "torchscript", *TRT_FORMATS, "triton"]),
     required=True,
     help="What to write. trt: an engine of TensorRT, or of TensorRT-RTX where only that can build for the target here; "
-    "trt-rtx: of TensorRT-RTX.",
+    "trt-rtx: of TensorRT-RTX; triton: a model in a repository of Triton Inference Server.",
 )
 @click.option(
     "--out",
@@ -97,6 +104,7 @@ TRT_FORMATS = ("trt", "trt-rtx")
     metavar="DIR",
     help="Of an engine from a checkpoint: keep the ONNX it is built from.",
 )
+@triton_options
 @dataset_options
 @click.option("--overwrite", is_flag=True, help="Replace an exported model that is there already.")
 @threads_option
@@ -106,7 +114,7 @@ TRT_FORMATS = ("trt", "trt-rtx")
 def command(
     context: click.Context,
     checkpoint: Path | None,
-    artifact: Path | None,
+    artifacts: tuple[Path, ...],
     format_name: str,
     out: Path | None,
     head: str,
@@ -127,6 +135,7 @@ def command(
     hardware_compatibility: str | None,
     optimization_level: int | None,
     keep_onnx: Path | None,
+    triton: TritonOptions,
     dataset: str | None,
     data: Path | None,
     overwrite: bool,
@@ -141,7 +150,17 @@ def command(
     perplexity must stay within 0.5 %, which `txl eval --artifact DIR` proves of a whole split.
 
     An engine that cannot be built here is not: the folder gets a kit that builds it on its target, and the exit code is 3.
+
+    `--format triton` writes an exported model into a repository of Triton Inference Server, with a memory for each sequence of requests.
     """
+    if format_name == "triton" or triton.for_triton:
+        _refuse_but_artifacts(context, format_name)
+        serve(artifacts, format_name, out, triton, threads=threads, overwrite=overwrite, as_json=as_json)
+        return
+    triton.refuse(context, format_name)
+    if len(artifacts) > 1:
+        raise UsageError("One model is exported at a time.", remedy="Give one `--artifact`.")
+    artifact = artifacts[0] if artifacts else None
     if fp16 and dtype in ("fp32", "int8"):
         raise UsageError(f"`--fp16` and `--dtype {dtype}` contradict each other.", remedy="Give one of them.")
     if dtype == "int8" and format_name in TRT_FORMATS:
@@ -258,6 +277,18 @@ def command(
         click.echo(
             f"Compared with the checkpoint over {exported.parity.n_segments} segments of {exported.checked_on}: {exported.parity.reason}."
         )
+
+
+def _refuse_but_artifacts(context: click.Context, format_name: str) -> None:
+    """Refuse what says how to export a checkpoint, where there is an exported model to serve."""
+    what = "`--format triton`" if format_name == "triton" else "`--for-triton`"
+    known = {"artifacts", "format_name", "out", "overwrite", "threads", "as_json", *TritonOptions.NAMES}
+    for name in context.params:
+        if name not in known and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"`--{name.replace('_', '-')}` says how to export a checkpoint, and {what} takes an exported model.",
+                remedy="Leave it out, and give `--artifact DIR`.",
+            )
 
 
 def _refuse_int8(artifact: Path) -> None:

@@ -1,8 +1,8 @@
 """Gives an ONNX graph the form for servers: every tensor begins with the axis of streams and has another one behind it.
 
-Servers that keep each stream's memory themselves (Triton's implicit state) put streams side by side along the first axis, and know no tensor
-without a second one. So the graph finds the rows of the tail clusters itself, and takes the valid lengths as [B, 1]. Nodes are added at the
-edges of the graph, and nothing between is touched; it is compared with the graph it was made from all the same.
+Servers that keep each stream's memory themselves (Triton's implicit state) put streams side by side along the first axis, and know no
+tensor without a second one. So the graph finds the rows of the tail clusters itself, and takes the valid lengths as [B, 1]. Nodes are added
+at the edges of the graph, and nothing between is touched; it is compared with the graph it was made from all the same.
 
 Knows ONNX graphs; which tensors there are is known by `signature`.
 """

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from txl_deploy.manifest import Manifest
-from txl_deploy.signature import TensorSpec
-from txl_train.config import MemoryKind
+from txl_deploy.signature import TensorSpec, state_names
+from txl_train.config import model_config_from_dict
 from txl_train.errors import UsageError
 
 Backend = Literal["python", "onnxruntime", "tensorrt"]
@@ -152,13 +152,9 @@ def pairs_of_states(manifest: Manifest) -> list[tuple[TensorSpec, TensorSpec]]:
     The server pairs them by the order of their names, whatever the configuration says (server issue 8586), so a pair that it would swap
     is refused.
     """
-    from txl_deploy.signature import state_names
-    from txl_train.config import model_config_from_dict
-
-    memory: MemoryKind = manifest.settings.memory
-    old, new = state_names(model_config_from_dict(manifest.model), memory)
+    old, new = state_names(model_config_from_dict(manifest.model), manifest.settings.memory)
     names = list(zip(["memory_length", *old], ["new_memory_length", *new]))
-    if [pair for pair in sorted(names)] != sorted(names, key=lambda pair: pair[1]):
+    if sorted(names) != sorted(names, key=lambda pair: pair[1]):
         raise UsageError("The server would swap states of these names, as it pairs them in the order of their names.")
     inputs, outputs = (
         {record.name: TensorSpec(record.name, record.dtype, tuple(record.axes)) for record in records}

@@ -7,6 +7,7 @@ server, so it is imported where it is used.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -34,9 +35,8 @@ class TritonPythonModel:
     """A model of the repository: one instance of it."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Open the artifact, with every byte of it checked; an error keeps the server from loading the model, with its reason in the log."""
-        import triton_python_backend_utils as server
-
+        """Open the artifact, with every byte of it checked; an error keeps the server from loading the model, and is in its log."""
+        server: Any = importlib.import_module("triton_python_backend_utils")
         self._server = server
         config = json.loads(args["model_config"])
         settings = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
@@ -96,7 +96,7 @@ class TritonPythonModel:
         tensors = [self._server.get_input_tensor_by_name(request, name) for name in ("text", "input_ids")]
         if (tensors[0] is None) == (tensors[1] is None):
             raise UsageError("A request has either `text` or `input_ids`.", remedy="Give one of them.")
-        values = next(tensor for tensor in tensors if tensor is not None).as_numpy()
+        values: npt.NDArray[Any] = next(tensor for tensor in tensors if tensor is not None).as_numpy()
         if len(values) != 1:
             raise UsageError(f"A request is of one sequence, but has a batch of {len(values)}.", remedy="Send [1, N]; the server batches.")
         ids_N = text_ids(self._data, values[0, 0]) if tensors[0] is not None else values[0]

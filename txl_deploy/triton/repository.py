@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from txl_deploy import manifest as manifests
-from txl_deploy.export.artifact import folder_beside
+from txl_deploy.export.artifact import check_target, folder_beside
 from txl_deploy.export.served import export_served
 from txl_deploy.manifest import Manifest
 from txl_deploy.triton.config import MINIMUM_SERVER, Backend, ServeOptions, graph_config, python_config, to_text
@@ -81,7 +81,7 @@ def write_repository(
         raise UsageError("Several artifacts are served as one model only if they are engines for different GPUs.", remedy="Give one.")
     _check_head(artifacts[0], found[0])
     target = out / options.name
-    _check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite, is_ours=_is_ours)
     out.mkdir(parents=True, exist_ok=True)
     plans: dict[str, str] = {}
     with folder_beside(target, overwrite=overwrite, is_ours=_is_ours) as folder:
@@ -167,9 +167,7 @@ def _copy_engines(artifacts: Sequence[Path], found: Sequence[Manifest], options:
                 raise UsageError(f"{artifact} has another {what} than {artifacts[0]}.", remedy="Build all engines from one graph.")
         capability = engine.compute_capability
         if capability is None:
-            raise UsageError(
-                f"{artifact} is for no GPU in particular, by which the server could choose it.", remedy="Build it for a target."
-            )
+            raise UsageError(f"{artifact} is for no GPU in particular, and the server chooses by GPU.", remedy="Build it for a target.")
         if capability in plans:
             raise UsageError(f"There are two engines for compute capability {capability}.", remedy="Give one of them.")
         plans[capability] = f"model-{capability}.plan"
@@ -191,15 +189,6 @@ def _check_fixed(artifact: Path, manifest: Manifest) -> None:
         raise UsageError(
             f"{artifact} takes {manifest.batch.min} streams at least, but a server may have one.", remedy="Build it again from 1 on."
         )
-
-
-def _check_target(target: Path, *, overwrite: bool) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not _is_ours(target):
-        raise UsageError(f"{target} exists and is no model that txl wrote.", remedy="Choose another `--name` or `--out`.")
-    if not overwrite:
-        raise UsageError(f"{target} holds a model already.", remedy="Choose another `--name`; `--overwrite` replaces it.")
 
 
 def _is_ours(folder: Path) -> bool:
