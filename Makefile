@@ -23,7 +23,7 @@ PACKAGING := setup.cfg pyproject.toml $(CONSTRAINTS)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint type coverage bench bench-demo build interactive install clean
+.PHONY: help demo test test-fast lint type coverage bench bench-demo build interactive install triton clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -81,4 +81,15 @@ $(VENV)/.installed: $(VENV)/.made $(PACKAGING)
 $(VENV)/.installed-dev: $(VENV)/.made $(PACKAGING)
 	@echo "Installing txl and its development tools into $(VENV). The first time takes a minute or more."
 	$(PIP_INSTALL) --editable '.[dev]'
+	@$(MAKE) --no-print-directory triton || echo "Tests of Triton Inference Server are skipped: it could not be installed." >&2
 	@touch $@ $(VENV)/.installed
+
+# Triton Inference Server with its Python backend, which nvidia-pytriton carries, in an environment of its own: it needs numpy below 2.
+# All other packages come from $(VENV), whose folder is on its path.
+triton: $(VENV)/.made
+	"$(PYTHON)" -m venv "$(VENV)/triton"
+	"$(VENV)/triton/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --constraint triton-constraints.txt \
+		nvidia-pytriton numpy
+	@"$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$(VENV)/triton.pth"
+	@echo "$(CURDIR)" >> "$(VENV)/triton.pth"
+	@mv "$(VENV)/triton.pth" "$$("$(VENV)/triton/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/txl.pth"

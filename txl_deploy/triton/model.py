@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from txl_deploy.corpora import ModelData, encode_part
 from txl_deploy.opening import open_exported
@@ -93,13 +94,15 @@ class TritonPythonModel:
 
     def _ids_of(self, request: Any) -> npt.NDArray[np.int64]:
         """Return the token ids of a request [N], which has either text or ids."""
-        tensors = [self._server.get_input_tensor_by_name(request, name) for name in ("text", "input_ids")]
-        if (tensors[0] is None) == (tensors[1] is None):
+        text, ids = (self._server.get_input_tensor_by_name(request, name) for name in ("text", "input_ids"))
+        if (text is None) == (ids is None):
             raise UsageError("A request has either `text` or `input_ids`.", remedy="Give one of them.")
-        values: npt.NDArray[Any] = next(tensor for tensor in tensors if tensor is not None).as_numpy()
-        if len(values) != 1:
-            raise UsageError(f"A request is of one sequence, but has a batch of {len(values)}.", remedy="Send [1, N]; the server batches.")
-        ids_N = text_ids(self._data, values[0, 0]) if tensors[0] is not None else values[0]
+        values: npt.NDArray[Any] = (ids if text is None else text).as_numpy()
+        if values.shape[0] != 1:
+            raise UsageError(
+                f"A request is of one sequence, but has a batch of {values.shape[0]}.", remedy="Send [1, N]; the server batches."
+            )
+        ids_N: npt.NDArray[np.int64] = values[0].copy() if text is None else text_ids(self._data, values[0, 0])
         if len(ids_N) > self._max_tokens:
             raise UsageError(
                 f"A request has {self._max_tokens} tokens at most, but this one has {len(ids_N)}.",
@@ -114,7 +117,11 @@ class TritonPythonModel:
         nll_N[counted_N] = nll
         wanted = request.requested_output_names()
         values = {"token_ids": ids_N, "nll": nll_N, "counted": counted_N}
-        return self._server.InferenceResponse([self._server.Tensor(name, value[None]) for name, value in values.items() if name in wanted])
+        return self._server.InferenceResponse([self._tensor(name, value[None]) for name, value in values.items() if name in wanted])
+
+    def _tensor(self, name: str, value: npt.NDArray[Any]) -> Any:
+        """Return an output. By DLPack: servers up to 2024 read arrays of numpy 2 as empty ones."""
+        return self._server.Tensor.from_dlpack(name, torch.from_numpy(value))
 
     def _refused(self, error: TxlError) -> Any:
         code = self._server.TritonError.INVALID_ARG if isinstance(error, UsageError) else self._server.TritonError.INTERNAL
@@ -141,8 +148,11 @@ class _Meters:
     """Figures for the server's page of metrics, in the Prometheus format."""
 
     def __init__(self, server: Any, model: str) -> None:
+        self._families: list[Any] = []  # which must outlive their figures
+
         def family(name: str, what: str, kind: Any) -> Any:
-            return server.MetricFamily(name=name, description=what, kind=kind).Metric(labels={"model": model})
+            self._families.append(server.MetricFamily(name=name, description=what, kind=kind))
+            return self._families[-1].Metric(labels={"model": model})
 
         counter, gauge = server.MetricFamily.COUNTER, server.MetricFamily.GAUGE
         self._tokens = family("txl_tokens_total", "Tokens read", counter)
