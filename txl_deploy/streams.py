@@ -63,15 +63,13 @@ class Streams:
     Args:
         runtime: with the head `nll`.
         max_rows: streams that step together at most.
-        fixed: whether every step has `max_rows` rows, with empty ones beside those at work. Then a score does not depend on what steps
-            beside it, down to the last bit; otherwise as far as products of more rows round alike.
 
     Raises:
         HeadError: the runtime scores no given targets.
         UsageError: its segments cannot be filled up behind their end, or begin with tokens read before; or it takes fewer rows.
     """
 
-    def __init__(self, runtime: Runtime, *, max_rows: int, fixed: bool = False) -> None:
+    def __init__(self, runtime: Runtime, *, max_rows: int) -> None:
         info = runtime.info
         origin = info.origin or "The runtime"
         if info.head != "nll":
@@ -90,7 +88,7 @@ class Streams:
             raise UsageError(f"{origin} takes {info.max_batch} streams at most, fewer than {max_rows}.", remedy="Ask for fewer.")
         self.runtime = runtime
         self.max_rows = max_rows
-        self._least = max_rows if fixed else info.min_batch
+        self._least = info.min_batch
         self._last: tuple[list[Stream], Memory] | None = None
         """The streams of the last step in the order of its rows, and what it left; None where nobody has a memory there."""
         self.n_steps = 0

@@ -31,7 +31,6 @@ class TritonOptions:
     max_idle: float
     queue_delay: int
     max_tokens: int
-    fixed_rows: bool
     instances: int
     serve_on: str | None
 
@@ -44,7 +43,6 @@ class TritonOptions:
         "max_idle",
         "queue_delay",
         "max_tokens",
-        "fixed_rows",
         "instances",
         "serve_on",
     )
@@ -112,11 +110,6 @@ _OPTIONS = (
         help="For triton, backend python: tokens of a request at most.",
     ),
     click.option(
-        "--fixed-rows",
-        is_flag=True,
-        help="For triton, backend python: as many rows in every step, so that company changes no bit of a result.",
-    ),
-    click.option(
         "--instances",
         type=click.IntRange(min=1),
         default=1,
@@ -175,7 +168,6 @@ def serve(
             max_idle_s=options.max_idle,
             queue_delay_us=options.queue_delay,
             max_tokens=options.max_tokens,
-            fixed_rows=options.fixed_rows,
             instances=options.instances,
             device=cast(Any, device),
             threads=threads,

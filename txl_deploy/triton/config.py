@@ -47,8 +47,6 @@ class ServeOptions:
     """How long a request waits for others to step with, in microseconds."""
     max_tokens: int = 8192
     """Tokens of one request at most, in the Python backend."""
-    fixed_rows: bool = False
-    """In the Python backend: every step has `max_batch_size` rows, so that company changes no bit of a result."""
     instances: int = 1
     """Copies of the model on each device, each with its own sequences."""
     device: Literal["cpu", "gpu"] = "cpu"
@@ -82,7 +80,6 @@ def python_config(options: ServeOptions) -> dict[str, Any]:
     outputs = [("token_ids", "TYPE_INT64", -1), ("nll", "TYPE_FP32", -1), ("counted", "TYPE_BOOL", -1)]
     parameters = {
         "max_tokens": options.max_tokens,
-        "fixed_rows": str(options.fixed_rows).lower(),
         "max_sequences": options.max_sequences,
         "max_idle_s": options.max_idle_s,
         **({} if options.threads is None else {"threads": options.threads}),

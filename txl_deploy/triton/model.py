@@ -47,7 +47,7 @@ class TritonPythonModel:
         try:
             opened = open_exported(folder, device=device, threads=None if threads is None else int(threads))
             self._data = opened.model_data
-            self._streams = Streams(opened.runtime, max_rows=config["max_batch_size"], fixed=settings["fixed_rows"] == "true")
+            self._streams = Streams(opened.runtime, max_rows=config["max_batch_size"])
         except TxlError as error:
             raise server.TritonModelException(_told(error)) from error
         self._max_tokens = int(settings["max_tokens"])
@@ -116,7 +116,7 @@ class TritonPythonModel:
         nll_N = np.zeros(len(ids_N), dtype=np.float32)
         nll_N[counted_N] = nll
         wanted = request.requested_output_names()
-        values = {"token_ids": ids_N, "nll": nll_N, "counted": counted_N}
+        values: dict[str, npt.NDArray[Any]] = {"token_ids": ids_N, "nll": nll_N, "counted": counted_N}
         return self._server.InferenceResponse([self._tensor(name, value[None]) for name, value in values.items() if name in wanted])
 
     def _tensor(self, name: str, value: npt.NDArray[Any]) -> Any:

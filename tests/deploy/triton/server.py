@@ -93,7 +93,7 @@ class Server:
         while not self.is_ready():
             if self._process.poll() is not None or time.monotonic() > until:
                 self.kill()
-                raise RuntimeError(f"The server did not start:\n{self.log.read_text(errors='replace')[-6000:]}")
+                raise RuntimeError(f"The server did not start:\n{self.log.read_text(errors='replace')[-30_000:]}")
             time.sleep(0.1)
 
     def is_ready(self) -> bool:
