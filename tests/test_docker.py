@@ -29,7 +29,7 @@ def instructions(name: str) -> list[tuple[str, str]]:
 
 
 def test_there_is_an_image_for_each_stack_and_no_other() -> None:
-    assert {path.name for path in (ROOT / "docker").iterdir()} == {f"{name}.Dockerfile" for name in STACKS}
+    assert {path.name for path in (ROOT / "docker").glob("*.*")} == {f"{name}.Dockerfile" for name in STACKS}
 
 
 @pytest.mark.parametrize("name", STACKS)

@@ -24,6 +24,8 @@ from txl_train.errors import EnvironmentUnfitError, TxlError, UsageError
 
 Protocol = Literal["http", "grpc"]
 OUTPUTS = ("token_ids", "nll", "counted")
+SEQUENCE_HEADER = "x-sequence-id"
+"""By which a router in front of several servers finds the one that has the sequence (docker/serving)."""
 _LOST = ("must specify the START flag", "has no memory here", "The memory of this sequence is gone")
 """What a server says of a sequence that it does not have."""
 
@@ -159,6 +161,7 @@ class SequenceClient:
                 sequence_id=self.sequence_id,
                 sequence_start=starts,
                 sequence_end=ends,
+                headers={SEQUENCE_HEADER: str(self.sequence_id)},
                 **timeout,
             )
         except Exception as error:  # of tritonclient, gevent and gRPC, which share no base class

@@ -139,9 +139,7 @@ class ImplicitState:
         states = self.config.sequence_batching.state
         # paired by the order of their names, as the server does
         self.pairs = list(zip(sorted(state.input_name for state in states), sorted(state.output_name for state in states)))
-        self.initial = {
-            state.input_name: (list(state.dims), {2: np.int64, 5: np.int64, 11: np.float32}[state.data_type]) for state in states
-        }
+        self.initial = {state.input_name: (list(state.dims), {9: np.int64, 11: np.float32}[state.data_type]) for state in states}
         self.held: dict[int, dict[str, np.ndarray]] = {}
 
     def infer(self, requests: dict[int, tuple[dict[str, np.ndarray], bool]]) -> dict[int, np.ndarray]:
