@@ -25,7 +25,7 @@ _TIMEOUT = datetime.timedelta(hours=3)
 """How long a process waits for the others: one may have a large text to prepare. One that ends is noticed at once."""
 
 _MEETING = datetime.timedelta(minutes=10)
-"""How long it waits for them at the beginning, where nobody notices that one has ended: they are started together, and read a checkpoint."""
+"""How long it waits for them at the beginning, where nobody notices that one has ended; they start together, and read a checkpoint."""
 
 _LAST_THREADS_S = 0.2
 """gloo's threads outlive the group and take the interpreter's lock to drop the last tensors, which must not be while it ends."""
