@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support import small_config, write_checkpoint, write_corpus
-from tests.warm import warm_txl
 from txl_deploy.bench.result import BenchResult
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,22 +18,22 @@ SCRIPT = ROOT / "benchmarks" / "inference_benchmark.sh"
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Yield an environment in which `txl` is that of this checkout."""
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Return an environment in which `txl` is that of this checkout."""
     folder = tmp_path / "bin"
     folder.mkdir()
     shim = folder / "txl"
-    with warm_txl(folder) as txl:
-        shim.write_text(f'#!/bin/sh\nexec {shlex.join(txl)} "$@"\n')
-        shim.chmod(0o755)
-        yield {
-            **os.environ,
-            "PATH": os.pathsep.join([str(folder), os.environ["PATH"]]),
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "CI": "true",
-            "TXL_CACHE_DIR": str(tmp_path / "cache"),
-        }
+    code = "import sys; from txl_deploy.cli.main import main; sys.argv[0] = 'txl'; sys.exit(main())"
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@"\n')
+    shim.chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([str(folder), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CI": "true",
+        "TXL_CACHE_DIR": str(tmp_path / "cache"),
+    }
 
 
 @pytest.mark.slow

@@ -13,12 +13,17 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from txl_train.errors import EnvironmentUnfitError, UsageError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _TIMEOUT = datetime.timedelta(hours=3)
@@ -157,13 +162,13 @@ def join(world: World, device: torch.device) -> Iterator[None]:
         time.sleep(_LAST_THREADS_S)
 
 
-def _meet(world: World) -> torch.distributed.Store:
+def _meet(world: World) -> Store:
     """Return what the processes exchange addresses through, once all of them are there.
 
     Raises:
         EnvironmentUnfitError: some did not come in time.
     """
-    store, _, _ = next(torch.distributed.rendezvous("env://", world.rank, world.size, timeout=_MEETING))
+    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=_MEETING))
     keys = [f"txl/here/{rank}" for rank in range(world.size)]
     store.set(keys[world.rank], "yes")
     try:
