@@ -168,6 +168,7 @@ def _meet(world: World) -> Store:
     Raises:
         EnvironmentUnfitError: some did not come in time.
     """
+    store: Store
     store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=_MEETING))
     keys = [f"txl/here/{rank}" for rank in range(world.size)]
     store.set(keys[world.rank], "yes")
