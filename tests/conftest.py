@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: where the reference's recorded results lie, how many threads PyTorch takes, that Ctrl-C works."""
+"""What all tests share: long files go first, PyTorch takes one thread, Ctrl-C works, where the reference's recorded results lie."""
 
 from __future__ import annotations
 
@@ -6,10 +6,27 @@ import importlib.util
 import logging
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+TESTS = Path(__file__).parent
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep pytest-xdist from putting files of few tests last: some of these are the longest."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that no worker is left with one at the end: whole scripts, then those of most slow tests."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (not (slow[item.path] and item.path.parent == TESTS), -slow[item.path]))
 
 
 @pytest.fixture(scope="session", autouse=True)

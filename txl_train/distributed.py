@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from txl_train.errors import EnvironmentUnfitError, UsageError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _TIMEOUT = datetime.timedelta(hours=3)
 """How long a process waits for the others: one may have a large text to prepare. One that ends is noticed at once."""
 
+_MEETING = datetime.timedelta(minutes=10)
+"""How long it waits for them at the beginning, where nobody notices that one has ended; they start together, and read a checkpoint."""
 
 _LAST_THREADS_S = 0.2
 """gloo's threads outlive the group and take the interpreter's lock to drop the last tensors, which must not be while it ends."""
@@ -81,6 +89,19 @@ class World:
         torch.distributed.all_gather(parts, tensor.contiguous())
         return [part.cpu() for part in parts]
 
+    def agree(self, what: str, value: str, remedy: str) -> None:
+        """See to it that `value` is the same in every process; all must call it, and all fail together.
+
+        Raises:
+            UsageError: `what` differs in one of them.
+        """
+        if self.size == 1:
+            return
+        digests = self.gather(torch.tensor(list(hashlib.sha256(value.encode()).digest()), dtype=torch.uint8))
+        other = [rank for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]
+        if other:
+            raise UsageError(f"{what} in process {other[0]} is not that of process 0.", remedy=remedy)
+
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.size > 1:
@@ -120,7 +141,8 @@ def join(world: World, device: torch.device) -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # by where a tensor is
     try:
-        torch.distributed.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
+        store = _meet(world)
+        torch.distributed.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise EnvironmentUnfitError(
             f"Process {world.rank} of {world.size} cannot meet the others: {str(error).splitlines()[0]}",
@@ -138,3 +160,24 @@ def join(world: World, device: torch.device) -> Iterator[None]:
     finally:
         torch.distributed.destroy_process_group()
         time.sleep(_LAST_THREADS_S)
+
+
+def _meet(world: World) -> Store:
+    """Return what the processes exchange addresses through, once all of them are there.
+
+    Raises:
+        EnvironmentUnfitError: some did not come in time.
+    """
+    store: Store
+    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=_MEETING))
+    keys = [f"txl/here/{rank}" for rank in range(world.size)]
+    store.set(keys[world.rank], "yes")
+    try:
+        store.wait(keys, _MEETING)
+    except torch.distributed.DistStoreError as error:
+        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        raise EnvironmentUnfitError(
+            f"Process {world.rank} of {world.size} has waited {_MEETING} for {', '.join(missing) or 'the others'}, in vain.",
+            remedy="It has ended before, and says why where it was started, or was not started. Start all of them anew.",
+        ) from error
+    return store

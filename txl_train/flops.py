@@ -76,11 +76,15 @@ def training_flops_per_token(forward: float) -> float:
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations per second that `device` reaches on square matrix products of `dtype`, enlarged until they take long."""
+    """Return the operations per second that `device` reaches on square matrix products of `dtype`, enlarged until they take long.
+
+    Products of int8 are summed in int32; a CPU without instructions for them is a hundred times slower at it than at fp32.
+    """
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
     n, largest, longest_s, best = (256, 8192, 0.5, 0.0) if device.type == "cuda" else (256, 2048, 0.05, 0.0)
     while True:
         a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
-        seconds = fastest_s(device, lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
+        seconds = fastest_s(device, lambda a=a, b=b: multiply(a, b))  # type: ignore[misc]
         best = max(best, 2.0 * n**3 / seconds)
         if n >= largest or 8 * seconds > longest_s:
             break

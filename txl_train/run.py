@@ -81,6 +81,9 @@ _SHAPING = (
 )
 """Settings of a model that its weights, or what they mean, depend on."""
 
+_OF_A_MACHINE = ("train.work_dir", "train.init_from", "train.device", "train.threads", "data.data")
+"""Settings that may differ from machine to machine: where files lie, and what computes."""
+
 _SHORT_RUN = 200
 """Steps below which measuring the device's peak is not worth its part of a second on a CPU."""
 
@@ -198,7 +201,10 @@ def train(
         torch.set_num_threads(config.train.threads)
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     in_place = in_place and continue_from is not None
-    with join(world, devices[0]), work_folder(config, world, may_hold_a_run=in_place or overwrite) as folder:
+    with contextlib.ExitStack() as held:
+        held.enter_context(join(world, devices[0]))
+        _check_alike(config, continue_from, world)
+        folder = held.enter_context(work_folder(config, world, may_hold_a_run=in_place or overwrite))
         return _train(
             resolved,
             continue_from=continue_from,
@@ -371,7 +377,26 @@ def _open_corpus_once(config: RunConfig, folder: Path, world: World) -> Corpus:
         corpus.ids(split)
     if world.is_main:
         world.wait()
+    text = " ".join([corpus.vocabulary.sha256, *(corpus.sha256(split) for split in ("train", "valid", "test"))])
+    world.agree("The text", text, "Every machine must have the same files in `--data`, prepared alike.")
     return corpus
+
+
+def _check_alike(config: RunConfig, continue_from: Checkpoint | None, world: World) -> None:
+    """See to it that all processes have begun the same run: each has settings, and a checkpoint, of its machine.
+
+    Raises:
+        UsageError: they differ.
+    """
+    given = {name: value for name, value in _flat(to_dict(config)).items() if name not in _OF_A_MACHINE}
+    settings = json.dumps(given, sort_keys=True, default=str)
+    world.agree("What was set", settings, "Start the same command with the same TXL_ variables on every machine.")
+    begun = "anew" if continue_from is None else json.dumps(continue_from.progress, sort_keys=True, default=str)
+    world.agree(
+        "What it continues from",
+        begun,
+        "Every machine must see the same checkpoint: `--work-dir` and `--restart` name files in a file system that all of them share.",
+    )
 
 
 def complete_model_config(run: RunConfig, corpus: Corpus) -> ModelConfig:

@@ -6,10 +6,13 @@ import contextlib
 import logging
 import os
 import platform
+import secrets
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from txl_train.callbacks import BEST_NAME, LAST_NAME
 from txl_train.config import RunConfig
@@ -25,6 +28,9 @@ log = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
 """The file that a run holds locked as long as it works in a folder; it says who that is."""
+
+_SEEN_WITHIN_S = 10.0
+"""How long a new file may take to be seen on another machine."""
 
 
 @contextlib.contextmanager
@@ -42,7 +48,34 @@ def work_folder(config: RunConfig, world: World, *, may_hold_a_run: bool) -> Ite
             if not may_hold_a_run:
                 _check_free(folder)
         world.wait()
+        _check_seen_by_all(folder, world)
         yield folder
+
+
+def _check_seen_by_all(folder: Path, world: World) -> None:
+    """See to it that all processes have the folder, not only one of its name on another machine.
+
+    Raises:
+        UsageError: one of them does not see what the first has written.
+    """
+    if world.size == 1:
+        return
+    token = world.largest(secrets.randbits(62) if world.is_main else 0)
+    sign = folder / f".run-{token:x}"  # a name that no file system has cached
+    if world.is_main:
+        sign.write_text("Do all processes see this folder?\n", encoding="utf-8")
+    world.wait()
+    deadline = time.monotonic() + _SEEN_WITHIN_S
+    while not (seen := sign.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(world.gather(torch.tensor(seen))) if not sees]
+    if world.is_main:
+        sign.unlink(missing_ok=True)
+    if blind:
+        raise UsageError(
+            f"Process {blind[0]} does not see what process 0 has written into {folder}.",
+            remedy="Between machines, `--work-dir` must be in a file system that all of them share.",
+        )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support import build_model, random_ids, small_config
+from txl_train import flops
 from txl_train.flops import forward_flops_per_token, measured_peak_flops, training_flops_per_token
 
 
@@ -50,3 +52,17 @@ def test_the_base_model_takes_about_six_operations_per_weight_it_uses_and_token(
 
 def test_the_peak_is_a_plausible_number() -> None:
     assert 1e9 < measured_peak_flops(torch.device("cpu"), torch.float32) < 1e14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_a_device_that_is_slow_in_a_type_is_not_kept_busy_for_minutes(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    measured: list[float] = []
+
+    def slow(device: torch.device, work: Callable[[], object]) -> float:
+        assert work() is not None
+        measured.append(1.0)
+        return 1.0
+
+    monkeypatch.setattr(flops, "fastest_s", slow)
+    assert measured_peak_flops(torch.device("cpu"), dtype) == 2 * 256**3
+    assert len(measured) == 1

@@ -222,20 +222,10 @@ def measure_peak(device: str, compute: str, threads: int | None = None) -> Peak:
 def _measured(device: str, compute: str, threads: int) -> Peak:
     where = torch.device(device)
     with _threads(threads), _rounding(compute), torch.inference_mode():
-        flops = _integer_peak(where) if compute == "int8" else measured_peak_flops(where, _TORCH_TYPES[compute])
-        peak = Peak(flops, _copy_rate(where))
+        peak = Peak(measured_peak_flops(where, _TORCH_TYPES[compute]), _copy_rate(where))
     if where.type == "cuda":
         torch.cuda.empty_cache()
     return peak
-
-
-def _integer_peak(device: torch.device) -> float:
-    """Return the operations per second on square products of int8, summed in int32; of a few sizes the best, as for other types."""
-    best = 0.0
-    for n in (256, 512, 1024, 2048):
-        a, b = (torch.ones(n, n, device=device, dtype=torch.int8) for _ in range(2))
-        best = max(best, 2.0 * n**3 / fastest_s(device, lambda a=a, b=b: torch._int_mm(a, b)))  # type: ignore[misc]
-    return best
 
 
 def _copy_rate(device: torch.device) -> float:
