@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import re
 import shutil
 import threading
 import time
@@ -247,6 +248,18 @@ def test_wrong_shapes_types_and_names_get_clear_errors_and_leave_the_server_heal
             ask(*arguments, **settings)
         assert server.is_ready()
     ask("input_ids", "INT64", ids)
+
+
+def test_the_documented_clients_run_as_they_stand(server, capsys):
+    """The Python blocks of docs/serving.md, against this server."""
+    document = (Path(__file__).resolve().parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", document, re.M | re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block.replace("localhost:8000", server.http).replace("localhost:8001", server.grpc), {})
+    shown = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"perplexity \d+\.\d over \d+ tokens", shown[0])
+    assert len(shown) == 3
 
 
 def test_what_each_answer_is_asked_for_is_all_it_holds(server):
