@@ -1,7 +1,10 @@
 """Scores many texts with one runtime: each from a cold start, several side by side, results in the order of the texts.
 
 The batch size stays the same from the first step to the last: a stream without a text carries zeros. So what a text scores does not
-depend on what is scored beside it. Knows ids alone; `txl_deploy.texts` makes them.
+depend on what is scored beside it, but for the rounding of products: those of the adaptive softmax's tails have as many rows as there are
+rare words in the step, and a float32 product of other rows rounds otherwise. Int8 models differ by more: see `export.quantize`.
+
+Knows ids alone; `txl_deploy.texts` makes them.
 """
 
 # Shape suffixes: B batch, T tgt_len, N tokens of a text

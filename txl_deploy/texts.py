@@ -18,7 +18,7 @@ import numpy.typing as npt
 from txl_deploy.corpora import ModelData
 from txl_train.data.corpus import encode_text
 from txl_train.data.datasets import get_dataset
-from txl_train.data.tokenizers import raw_lines, subword_lines
+from txl_train.data.tokenizers import raw_line, raw_lines
 from txl_train.errors import DataError
 
 Per = Literal["line", "document", "file"]
@@ -47,6 +47,7 @@ class Texts:
         self._spec = get_dataset(dataset or model_data.dataset)
         self._per = per
         self._tokenized = tokenized
+        self._reads_bytes = self._spec.unit == "byte" and not tokenized
         eos_id = self._vocabulary.eos_id
         begins = self._spec.line_end == "sentence"  # such a text begins with the token of a line's end by itself
         self._before = [eos_id] if context == "eos" and eos_id is not None and not begins else []
@@ -71,7 +72,8 @@ class Texts:
     @contextlib.contextmanager
     def _opened(self, path: Path) -> Iterator[BinaryIO]:
         if str(path) == "-":
-            yield sys.stdin.buffer
+            with _standard_input() as file:
+                yield file
             return
         try:
             file = path.open("rb")
@@ -82,10 +84,16 @@ class Texts:
 
     def _lines(self, file: BinaryIO, name: str) -> Iterator[str]:
         for number, data in enumerate(iter(file.readline, b""), 1):
+            if self._reads_bytes:
+                yield data.decode("utf-8", "surrogateescape").removesuffix("\n")
+                continue
             try:
                 yield data.decode("utf-8").removesuffix("\n").removesuffix("\r")
             except UnicodeDecodeError as error:
-                raise DataError(f"Line {number} of {name} is not UTF-8: {error.reason} at byte {error.start}.") from error
+                raise DataError(
+                    f"Line {number} of {name} is not UTF-8: {error.reason} at byte {error.start}.",
+                    remedy="Give text, and convert what is in another encoding: `iconv -t utf-8`.",
+                ) from error
 
     def _grouped(self, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         """Yield the number of the first line and the lines of each unit."""
@@ -104,19 +112,31 @@ class Texts:
             if not group:
                 first = number
             group.append(line)
-        if group:
+        if group or self._per == "file":
             yield first, group
 
     def _unit(self, name: str, index: int, line: int, lines: list[str]) -> tuple[TextUnit, npt.NDArray[np.int64]]:
         vocabulary, spec = self._vocabulary, self._spec
         subwords = vocabulary.unit == "subword"
         if not self._tokenized:
-            text = "\n".join(lines)
-            lines = (subword_lines(text, spec) if subwords else raw_lines(text, spec.name)) or [""]
+            whole = spec.layout == "text8"
+            lines = raw_lines("\n".join(lines), spec.name) if whole else [raw_line(text, spec, subwords=subwords) for text in lines]
         words = [token for tokens in lines for token in tokens.split()]
         n_oov = 0 if subwords else sum(token not in vocabulary for token in words)
         try:
             ids_N = encode_text(lines, spec, vocabulary)
         except DataError as error:
             raise DataError(f"{name}, line {line}: {error.message}", remedy=error.remedy) from error
-        return TextUnit(name, index, line, n_oov, len(words)), np.concatenate([np.array(self._before, dtype=np.int64), ids_N])
+        before = self._before if lines else []  # an empty file has nothing to be scored
+        return TextUnit(name, index, line, n_oov, len(words)), np.concatenate([np.array(before, dtype=np.int64), ids_N])
+
+
+def _standard_input() -> contextlib.AbstractContextManager[BinaryIO]:
+    """Open standard input once more: a thread that waits in `sys.stdin` holds its lock, and Python aborts where it needs that to end."""
+    if sys.stdin is None:
+        raise DataError("There is no standard input to read.")
+    try:
+        number = sys.stdin.fileno()
+    except OSError:  # a stand-in without a file
+        return contextlib.nullcontext(sys.stdin.buffer)
+    return open(number, "rb", closefd=False)

@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.deploy.conftest import Exports
 from tests.reference.naive_txl import naive_forward, naive_log_probs
+from tests.support import trace_only
 from txl_deploy.export.artifact import ExportRequest, export_artifact
 from txl_deploy.generate import Generator, Timing
 from txl_deploy.runtimes.base import HeadError
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact
-from txl_deploy.sampling import Sampling
+from txl_deploy.sampling import Sampling, distribution, log_probs
 from txl_train.checkpoint import load_model
 from txl_train.errors import UsageError
 
@@ -55,6 +58,29 @@ def test_greedy_tokens_are_those_of_the_slow_model(exports):
     assert [token.id for token in made] == [token for token, _ in expected]
     assert [token.log_p for token in made] == pytest.approx([log_p for _, log_p in expected], abs=1e-5)
     assert [token.end for token in made] == [None] * 5 + ["max-tokens"]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 22), min_size=1, max_size=14))
+def test_what_is_drawn_from_is_the_full_softmax_of_the_slow_model_after_any_prompt(exports, prompt):
+    """The oracle reads the prompt in the same cut: segments of five while more follows, then single tokens."""
+    model, _ = load_model(exports.checkpoint)
+    config, parameters = model.config, {name: value.double().numpy() for name, value in model.parameters_by_name().items()}
+    at, memory = 0, None
+    while at < len(prompt):
+        size = 5 if len(prompt) - at > 5 else 1
+        hidden, memory = naive_forward(config, parameters, np.array([prompt[at : at + size]]), memory)
+        at += size
+    exact_V = naive_log_probs(config, parameters, hidden[0, -1])
+    drawn_from = distribution(log_probs(eager(exports).read(prompt)[0][0]), Sampling())
+    assert drawn_from.sum() == pytest.approx(1, abs=1e-12)
+    assert drawn_from.log().tolist() == pytest.approx(exact_V.tolist(), abs=5e-5)  # the model's float32
+
+
+def test_greedy_tokens_are_the_same_when_compiled(exports, monkeypatch):
+    trace_only(monkeypatch)
+    step, _ = eager_from_checkpoint(exports.checkpoint, tgt_len=1, head="logits", compiled=True)
+    assert ids(Generator(step)) == ids(eager(exports, ()))
 
 
 @pytest.mark.slow

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.reference.naive_txl import naive_log_probs, random_parameters
-from tests.support import build_model, small_config
+from tests.support import MODEL_CONFIGS, build_model, small_config
 from txl_deploy.sampling import Chance, Sampling, distribution, log_probs
 from txl_train.errors import UsageError
 
@@ -36,6 +36,62 @@ def test_the_distribution_of_a_step_is_the_full_softmax_of_the_slow_model(change
         p_V = distribution(log_probs(scores_BV[0]), Sampling())
         assert p_V.sum() == pytest.approx(1, abs=1e-12)
         assert p_V.log().tolist() == pytest.approx(exact.tolist(), abs=2e-5)  # the model's own float32
+
+
+def slow_distribution(log_p: list[float], temperature: float, top_k: int | None, top_p: float | None) -> tuple[list[float], float]:
+    """Return the probabilities by the words of `txl generate --help`, in sums of Python, and how near another choice of tokens was."""
+    largest = max(log_p)
+    weights = [math.exp((value - largest) / temperature) for value in log_p]
+    order = sorted(range(len(log_p)), key=lambda token: (-log_p[token], token))
+    kept = order[:top_k]
+    ties = {log_p[token] for token in order[:top_k]} & {log_p[token] for token in order[len(kept) :]}
+    margin = 1.0 if len(kept) == len(order) or ties else log_p[kept[-1]] - log_p[order[len(kept)]]
+    if top_p is not None:
+        total, reached, nucleus = math.fsum(weights[token] for token in kept), 0.0, []
+        for token in kept:
+            nucleus.append(token)
+            reached = math.fsum(weights[chosen] for chosen in nucleus) / total
+            margin = min(margin, abs(reached - top_p))
+            if reached >= top_p:
+                break
+        kept = nucleus
+    total = math.fsum(weights[token] for token in kept)
+    return [weights[token] / total if token in kept else 0.0 for token in range(len(log_p))], margin
+
+
+filters = {"temperature": st.floats(0.2, 5), "top_k": st.none() | st.integers(1, 30), "top_p": st.none() | st.floats(0.01, 1)}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(-40, 40), min_size=1, max_size=25), st.fixed_dictionaries(filters))
+def test_filters_do_what_a_slow_reading_of_their_words_does(quarters, asked):
+    """Scores in quarters, so that there are equal ones, and those that are not differ by more than rounding."""
+    log_p_V = log_probs(torch.tensor(quarters, dtype=torch.float32) / 4)
+    expected, margin = slow_distribution(log_p_V.tolist(), **asked)
+    assume(margin > 1e-9)
+    assert distribution(log_p_V, Sampling(**asked)).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-300)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["plain softmax", "adaptive softmax", "narrower tail clusters", "untied weights", "no tied projection"]),
+    st.integers(0, 10**6),
+    st.fixed_dictionaries(filters),
+)
+def test_what_a_head_gives_is_the_full_softmax_of_the_slow_model_whatever_is_asked_for(kind, seed, asked):
+    config = small_config(**MODEL_CONFIGS[kind])
+    parameters = random_parameters(config, seed)
+    hidden_D = torch.randn(config.d_model, generator=torch.Generator().manual_seed(seed))
+    exact = naive_log_probs(config, parameters, hidden_D.double().numpy()).tolist()
+    assert math.fsum(map(math.exp, exact)) == pytest.approx(1, abs=1e-12)
+    expected, margin = slow_distribution(exact, **asked)
+    assume(margin > 1e-4)
+    head = build_model(config, parameters).head
+    assert float(head.log_probs(hidden_D[None]).detach().double().exp().sum()) == pytest.approx(1, abs=1e-5)
+    for scores_BV in (head.next_token_logits(hidden_D[None]), head.log_probs(hidden_D[None])):
+        p_V = distribution(log_probs(scores_BV[0]), Sampling(**asked))
+        assert p_V.sum() == pytest.approx(1, abs=1e-12)
+        assert p_V.tolist() == pytest.approx(expected, abs=2e-4)  # the model's float32, at a temperature of 0.2
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,6 +1,7 @@
 """`txl bench`: latency, throughput and perplexity of exported models side by side; exit 1 where a number has no proof.
 
-Its subcommands compare results and measure training. Started by torchrun, several processes share the streams, each on a device of its own.
+Its subcommands compare results, and measure generation and training. Started by torchrun, several processes share the streams, each on a
+device of its own.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ BOUNDARY_NAMES = ("step_device_resident", "step_with_token_h2d", "step_with_stat
 SAVE_DATA_NAME = "benchmark.json"
 COMMANDS = {
     "compare": ("txl_deploy.cli.bench_compare:command", "Compare two results: ratios with intervals, and exit 1 on a regression."),
+    "generate": ("txl_deploy.cli.bench_generate:command", "Generation: time to the first token, tokens per second."),
     "train": ("txl_deploy.cli.bench_train:command", "Throughput of training by batch size, precision and number of processes."),
 }
 
 log = logging.getLogger(__name__)
 
 
-@click.group("bench", cls=LazyGroup, table=COMMANDS, invoke_without_command=True, subcommand_metavar="[compare|train ...]")
+@click.group("bench", cls=LazyGroup, table=COMMANDS, invoke_without_command=True, subcommand_metavar="[compare|generate|train ...]")
 @click.option(
     "--artifact",
     "artifacts",

@@ -154,7 +154,7 @@ def command(
     Sampling(temperature=temperature, top_k=top_k, top_p=top_p)  # before a model is opened
     lengths = Lengths(tgt_len=1, mem_len=mem_len, ext_len=0, clamp_len=clamp_len, same_length=same_length)
     with contextlib.ExitStack() as stack:
-        opened, generator = _open(
+        opened, generator = open_generator(
             stack, checkpoint, artifact, prefill_artifact, runtime or "pytorch", lengths, dtype, device, threads, segment_len or SEGMENT_LEN
         )
         unk_id = opened.model_data.vocabulary.unk_id
@@ -191,7 +191,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise UsageError(f"The prompt {file} cannot be read: {error.strerror}.") from error
 
 
-def _open(
+def open_generator(
     stack: contextlib.ExitStack,
     checkpoint: Path | None,
     artifact: Path | None,
@@ -203,6 +203,7 @@ def _open(
     threads: int | None,
     segment_len: int,
 ) -> tuple[Opened, Generator]:
+    """Open an artifact with those that read its prompts, or a checkpoint in a runtime."""
     from txl_deploy.generate import Generator
     from txl_deploy.opening import open_checkpoint, open_exported
 

@@ -14,7 +14,7 @@ import click
 from txl_deploy.cli.lengths import memory_option
 from txl_deploy.cli.options import command_line, device_option, dtype_option, threads_option, verbosity_options
 from txl_train.data.datasets import DATASETS
-from txl_train.errors import UsageError
+from txl_train.errors import UsageError, ValidationError
 
 if TYPE_CHECKING:
     from txl_deploy.manifest import Dtype
@@ -132,6 +132,11 @@ def command(
             batch_size = min(max(16, info.min_batch), info.max_batch or 16)
         texts = Texts(opened.model_data, dataset=dataset, per=cast("Per", per), context=cast("Context", context), tokenized=tokenized)
         scorer = Scorer(opened.runtime, batch_size)
+        if info.dtype == "int8" and batch_size > 1:
+            log.warning(
+                "An int8 model rounds all streams of a batch by one scale, so what stands beside a text changes what it scores a little; "
+                "with `--batch-size 1` nothing does."
+            )
         total = _Total(opened.model_data.vocabulary.counts_characters)
         try:
             for scored in scorer.scores(texts.units(files)):
@@ -170,6 +175,11 @@ class _Total:
         """Return one line of the output."""
         unit, n = scored.unit, len(scored.nll_N)
         nll = math.fsum(scored.nll_N.tolist())
+        if not math.isfinite(nll):
+            raise ValidationError(
+                f"The nll of {unit.file}, line {unit.line}, is no finite number.",
+                remedy="The weights hold numbers that are not finite, or the precision cannot hold them: try `--dtype fp32`.",
+            )
         self._units += 1
         self._tokens += n
         self._oov += unit.n_oov
@@ -197,13 +207,15 @@ class _Total:
         return f"{self._units:,} texts, {self._tokens:,} tokens, {name} {shown}, {self._oov:,} of {self._words:,} words unknown"
 
     def _figures(self, n: int, nll: float, oov: int, words: int) -> dict[str, Any]:
+        from txl_train.metrics import bits_per_char, perplexity
+
         mean = nll / n if n else None
-        perplexity = None if mean is None or mean > 700 else math.exp(mean)
+        power = math.inf if mean is None else perplexity(mean)
         return {
             "tokens": n,
             "oov": oov,
             "oov_share": oov / words if words else 0.0,
             "nll_nats": nll,
-            "perplexity": perplexity,
-            **({"bits_per_char": None if mean is None else mean / math.log(2)} if self._char else {}),
+            "perplexity": power if math.isfinite(power) else None,
+            **({"bits_per_char": None if mean is None else bits_per_char(mean)} if self._char else {}),
         }

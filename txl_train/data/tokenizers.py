@@ -54,6 +54,17 @@ def subword_lines(text: str, spec: DatasetSpec) -> list[str]:
     return [f"{spec.line_padding}{line}{spec.line_padding}" for line in raw_lines(text, spec.name)]
 
 
+def raw_line(line: str, spec: DatasetSpec, *, subwords: bool) -> str:
+    """Return one line of raw text as a prepared file of a data set has it: one line, whatever in it Unicode takes for the end of one.
+
+    Not for text8, whose lines are one text.
+    """
+    if subwords and _RULES[spec.name] is str.split:
+        return line
+    padding = spec.line_padding if subwords else ""
+    return f"{padding}{' '.join(tokenize_raw(line, spec.name))}{padding}"
+
+
 def tokenized(lines: Iterable[str], spec: DatasetSpec) -> Iterator[str]:
     """Yield raw text, given line by line with its line breaks, as it is written in a prepared file of a data set: pieces to be joined.
 
