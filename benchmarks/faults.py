@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
 import json
 import os
 import random
@@ -45,8 +46,9 @@ SHARES = {
     "bench": 0.8,
 }
 """Random kills of each command, times --kills: fewer of what takes long."""
-SLOW = {"export onnx": 3, "build": 3}
-"""Kills, one at each operation, after which these commands are let to go on to their end; the others after every one."""
+PER_COMPLETION = {"prepare": 1, "tokens": 1}
+"""Kills at operations, each in a new folder, after which a command is let go on to its end: of these every one, of others every third."""
+_OF_EVERY_PART = ("part", "held", "seconds", "read_only", "command", "time_utc")
 THEMES = ("kills", "disk", "full", "damage", "processes")
 
 
@@ -69,13 +71,15 @@ def kills_of(name: str, options: argparse.Namespace, sources: Any, base: Path) -
 
     tally = kills.Tally()
     trial = kills.Trial(SCENARIOS[name], sources, base / name.replace(" ", "-"), tally)
-    chance = random.Random(f"{options.seed} {name}")
-    points = sum(1 for _ in kills.at_every_operation(trial, per_completion=SLOW.get(name, 1)))
-    at_random = sum(1 for _ in kills.at_random_moments(trial, round(options.kills * SHARES[name]), chance))
+    trial.expected()
+    begun, chance = time.monotonic(), random.Random(f"{options.seed} {name}")
+    half, end = begun + 30 * options.minutes, begun + 60 * options.minutes
+    points = sum(1 for _ in kills.at_every_operation(trial, per_completion=PER_COMPLETION.get(name, 3), deadline=half))
+    at_random = sum(1 for _ in kills.at_random_moments(trial, round(options.kills * SHARES[name]), chance, deadline=end))
     return {"points": points, "random": at_random, **dataclasses.asdict(tally)}
 
 
-def failing_disk_of(name: str, options: argparse.Namespace, sources: Any, base: Path) -> dict[str, Any]:
+def failing_disk_of(name: str, sources: Any, base: Path) -> dict[str, Any]:
     """Let every operation of one command fail: as on a full disk from then on, and as in a read-only folder."""
     from tests.faults import kills
     from tests.faults.scenarios import SCENARIOS
@@ -100,11 +104,13 @@ def small_disk(place: Path, kib: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def full_disk_of(name: str, options: argparse.Namespace, sources: Any, base: Path) -> dict[str, Any]:
+def full_disk_of(name: str, sources: Any, base: Path) -> dict[str, Any]:
     """Run one command on real disks with less and less room, and on one that is read-only; on a large one it must then succeed."""
     from tests.faults.harness import run
     from tests.faults.scenarios import SCENARIOS
 
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        return {"held": None, "error": "not run: mounting needs root"}
     scenario = SCENARIOS[name]
     disk = base / "disk"
     folder = disk / "work"
@@ -150,7 +156,7 @@ def resize(disk: Path, size: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True, capture_output=True)
 
 
-def damage_of(name: str, options: argparse.Namespace, sources: Any, base: Path) -> dict[str, Any]:
+def damage_of(name: str, sources: Any, base: Path) -> dict[str, Any]:
     """Damage every file that is read back, at each class of offset."""
     from tests.faults.readers import READERS, damaged
 
@@ -168,41 +174,38 @@ def main() -> int:
     parser.add_argument("commands", nargs="*", help="commands to disturb (default: all)")
     parser.add_argument("--only", action="append", choices=THEMES, help="kinds of faults (default: all)")
     parser.add_argument("--kills", type=int, default=60, help="random kills of a command of usual length (default 60)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="for the kills of one command at most")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the record")
     options = parser.parse_args()
     themes = options.only or THEMES
 
-    from tests.faults import groups
-    from tests.faults.readers import READERS
-    from tests.faults.scenarios import SCENARIOS, make_sources
+    from tests.faults import groups, readers, scenarios
     from tests.processes import preload
     from txl_deploy.bench.environment import describe_environment
 
     preload(*IMPORTED)
-    names = options.commands or list(SCENARIOS)
+    names = options.commands or list(scenarios.SCENARIOS)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="txl-faults-") as temporary:
         base = Path(temporary).resolve()
         os.environ["TXL_CACHE_DIR"] = str(base / "cache")
-        engine = "build" in names or "damage" in themes
-        sources = make_sources(base / "sources", n_words=200_000, engine=engine)
+        engine = "damage" in themes or "build" in names
+        sources = scenarios.make_sources(base / "sources", n_words=200_000, engine=engine)
+        parts: dict[str, Callable[[], dict[str, Any]]] = {}
         if "damage" in themes:
-            for reader in READERS:
-                attempt(results, f"damage {reader}", lambda: damage_of(reader, options, sources, base))
+            parts |= {f"damage {name}": functools.partial(damage_of, name, sources, base) for name in readers.READERS}
         if "processes" in themes:
-            for part, work in groups.PARTS.items():
-                attempt(results, f"processes {part}", lambda: work(sources, base / "groups"))
+            parts |= {f"processes {part}": functools.partial(work, sources, base / "groups") for part, work in groups.PARTS.items()}
         for name in names:
             if "kills" in themes:
-                attempt(results, f"kills {name}", lambda: kills_of(name, options, sources, base))
+                parts[f"kills {name}"] = functools.partial(kills_of, name, options, sources, base)
             if "disk" in themes:
-                attempt(results, f"disk {name}", lambda: failing_disk_of(name, options, sources, base))
+                parts[f"disk {name}"] = functools.partial(failing_disk_of, name, sources, base)
             if "full" in themes:
-                if os.geteuid() == 0 and shutil.which("mount"):
-                    attempt(results, f"full {name}", lambda: full_disk_of(name, options, sources, base))
-                else:
-                    results.append({"part": f"full {name}", "held": None, "seconds": 0.0, "error": "not run: mounting needs root"})
+                parts[f"full {name}"] = functools.partial(full_disk_of, name, sources, base)
+        for part, work in parts.items():
+            attempt(results, part, work)
     return write(results, options, describe_environment())
 
 
@@ -210,7 +213,9 @@ def write(results: list[dict[str, Any]], options: argparse.Namespace, environmen
     """Write the record, and return the exit code."""
     now = datetime.datetime.now(datetime.timezone.utc)
     only = "".join(f" --only {theme}" for theme in options.only or ())
-    command = " ".join([f"benchmarks/faults.py --kills {options.kills} --seed {options.seed}{only}", *options.commands])
+    command = " ".join(
+        [f"benchmarks/faults.py --kills {options.kills} --minutes {options.minutes:g} --seed {options.seed}{only}", *options.commands]
+    )
     path = options.out / f"faults_{device_slug(None, environment['cores'])}_{now:%Y%m}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = [{**result, "command": command, "time_utc": now.isoformat(timespec="seconds")} for result in without_folders(results)]
@@ -236,11 +241,12 @@ def lines(document: dict[str, Any], name: str) -> list[str]:
         f"{commands}. Figures: [{name}]({name}). What must hold: tests/faults.",
         f"{total} kills, {left} of them while something was unfinished.",
         "",
-        "| command | kills, one at each operation | at random moments | killed, in all | with something unfinished | ended before the kill | gone on to the end |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| command | operations on files | starts killed at one of them | at random moments | kills | that left something unfinished "
+        "| ended before the kill | gone on to the end |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for result in killed:
-        columns = ("points", "random", "kills", "while_unfinished", "too_late", "completions")
+        columns = ("operations", "points", "random", "kills", "while_unfinished", "too_late", "completions")
         text.append(f"| {result['part'].removeprefix('kills ')} | {' | '.join(str(result[column]) for column in columns)} |")
     text += ["", "| other faults | outcome |", "|---|---|"]
     for result in results:

@@ -47,7 +47,7 @@ def start(function: Callable[..., Any], *arguments: Any, **environment: str) -> 
 
 def in_processes(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Run `function(*arguments)` in `count` processes that can meet each other, as torchrun would; return their results by rank."""
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = [start(function, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(count)]
     results = []
     with _reaped([process for process, _ in started]):
@@ -70,7 +70,8 @@ def _reaped(processes: list[ForkServerProcess]) -> Iterator[None]:
             process.join()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

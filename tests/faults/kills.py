@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 from tests.faults.harness import KILLED, Disturbance, Ended, at_random, run, unfinished
 from tests.faults.scenarios import Scenario, Sources
+from tests.processes import start
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Trial:
     def expected(self) -> Any:
         """Return what the command yields undisturbed; it is run once for that."""
         if self._expected is None:
+            start(os.getpid)[0].join()  # which starts the server of processes, before the clock does
             self.begin()
             started = time.monotonic()
             ended = self.go()
