@@ -46,6 +46,8 @@ SHARES = {
     "bench": 0.8,
 }
 """Random kills of each command, times --kills: fewer of what takes long."""
+EXPORTED_FOR = {"onnx": {"export onnx", "eval", "bench"}, "torchscript": {"export torchscript"}}
+"""The exports that lie there beforehand, and the commands that need them; exporting takes seconds."""
 PER_COMPLETION = {"prepare": 1, "tokens": 1}
 """Kills at operations, each in a new folder, after which a command is let go on to its end: of these every one, of others every third."""
 _OF_EVERY_PART = ("part", "held", "seconds", "read_only", "command", "time_utc")
@@ -173,6 +175,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", nargs="*", help="commands to disturb (default: all)")
     parser.add_argument("--only", action="append", choices=THEMES, help="kinds of faults (default: all)")
+    parser.add_argument("--part", action="append", metavar="NAME", help="only this part, by its name in the record")
     parser.add_argument("--kills", type=int, default=60, help="random kills of a command of usual length (default 60)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="for the kills of one command at most")
     parser.add_argument("--seed", type=int, default=1)
@@ -184,14 +187,17 @@ def main() -> int:
     from tests.processes import preload
     from txl_deploy.bench.environment import describe_environment
 
-    preload(*IMPORTED)
     names = options.commands or list(scenarios.SCENARIOS)
+    everything = bool({"damage", "processes"} & set(themes))
+    formats = tuple(form for form, users in EXPORTED_FOR.items() if everything or users & set(names))
+    engine = "damage" in themes or "build" in names
+    if formats or engine:
+        preload(*IMPORTED)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="txl-faults-") as temporary:
         base = Path(temporary).resolve()
         os.environ["TXL_CACHE_DIR"] = str(base / "cache")
-        engine = "damage" in themes or "build" in names
-        sources = scenarios.make_sources(base / "sources", n_words=200_000, engine=engine)
+        sources = scenarios.make_sources(base / "sources", n_words=200_000, formats=formats, engine=engine)
         parts: dict[str, Callable[[], dict[str, Any]]] = {}
         if "damage" in themes:
             parts |= {f"damage {name}": functools.partial(damage_of, name, sources, base) for name in readers.READERS}
@@ -205,6 +211,8 @@ def main() -> int:
             if "full" in themes:
                 parts[f"full {name}"] = functools.partial(full_disk_of, name, sources, base)
         for part, work in parts.items():
+            if options.part and part not in options.part:
+                continue
             attempt(results, part, work)
     return write(results, options, describe_environment())
 
@@ -212,14 +220,14 @@ def main() -> int:
 def write(results: list[dict[str, Any]], options: argparse.Namespace, environment: dict[str, Any]) -> int:
     """Write the record, and return the exit code."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    only = "".join(f" --only {theme}" for theme in options.only or ())
+    only = "".join(f" --only {theme}" for theme in options.only or ()) + "".join(f' --part "{part}"' for part in options.part or ())
     command = " ".join(
         [f"benchmarks/faults.py --kills {options.kills} --minutes {options.minutes:g} --seed {options.seed}{only}", *options.commands]
     )
     path = options.out / f"faults_{device_slug(None, environment['cores'])}_{now:%Y%m}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = [{**result, "command": command, "time_utc": now.isoformat(timespec="seconds")} for result in without_folders(results)]
-    if path.exists() and (options.only or options.commands):
+    if path.exists() and (options.only or options.commands or options.part):
         done = {result["part"] for result in parts}
         parts += [result for result in json.loads(path.read_bytes())["results"] if result["part"] not in done]
     document = {"theme": "faults", "time_utc": now.isoformat(timespec="seconds"), "environment": environment, "results": parts}

@@ -46,7 +46,7 @@ class Trial:
     def expected(self) -> Any:
         """Return what the command yields undisturbed; it is run once for that."""
         if self._expected is None:
-            start(os.getpid)[0].join()  # which starts the server of processes, before the clock does
+            start(os.getpid)[1].recv()  # which starts the server of processes, before the clock does
             self.begin()
             started = time.monotonic()
             ended = self.go()

@@ -59,7 +59,7 @@ def _write_external(sources: Sources, folder: Path) -> None:
     """As the export of a model of more than 1.5 GB: weights beside the graph."""
     _copy("onnx")(sources, folder)
     model = onnx.load(folder / "model.onnx")
-    onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=16)
+    onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=256)
     manifest = read_manifest(folder)
     write_manifest(folder, manifest, [*manifest.files, "model.onnx.data"])
 

@@ -1,4 +1,4 @@
-"""Commands that are killed, or whose disk fails, at any of their operations on files: a short run; `benchmarks/faults.py` has all of them."""
+"""Commands that are killed, or whose disk fails, at some of their operations on files; `benchmarks/faults.py` takes all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A killed worker, two commands in one place, a killed download, no memory, a jumping clock: short runs of what `benchmarks/faults.py` does."""
+"""A killed worker, two commands in one place, a killed download, a jumping clock; `benchmarks/faults.py` has more of each."""
 
 from __future__ import annotations
 

@@ -6,11 +6,14 @@ import errno
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support import small_config, write_checkpoint, write_corpus
 from txl_train.checkpoint import load_checkpoint
+from txl_train.data.corpus import load_corpus
+from txl_train.data.datasets import get_dataset
 from txl_train.errors import EnvironmentUnfitError
 from txl_train.exhaustion import what_ran_out
 from txl_train.run import train
@@ -80,3 +83,11 @@ def test_a_checkpoint_that_memory_is_too_small_for_is_not_called_damaged(
     with pytest.raises(EnvironmentUnfitError, match=r"ran out when .*checkpoint\.pt was read") as told:
         load_checkpoint(tmp_path / "checkpoint.pt")
     assert told.value.exit_code == 3
+
+
+def test_a_cache_entry_that_memory_is_too_small_for_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = write_corpus(tmp_path / "text", 20)
+    load_corpus(text, get_dataset("text"), cache_dir=tmp_path / "cache").ids("train")
+    monkeypatch.setattr(np, "memmap", raises(OSError(errno.ENOMEM, "Cannot allocate memory")))
+    with pytest.raises(EnvironmentUnfitError, match=r"Memory ran out when .*\.ids was opened"):
+        load_corpus(text, get_dataset("text"), cache_dir=tmp_path / "cache").ids("train")
