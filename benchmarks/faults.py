@@ -194,6 +194,7 @@ def main() -> int:
     if formats or engine:
         preload(*IMPORTED)
     results: list[dict[str, Any]] = []
+    environment = describe_environment()
     with tempfile.TemporaryDirectory(prefix="txl-faults-") as temporary:
         base = Path(temporary).resolve()
         os.environ["TXL_CACHE_DIR"] = str(base / "cache")
@@ -214,11 +215,12 @@ def main() -> int:
             if options.part and part not in options.part:
                 continue
             attempt(results, part, work)
-    return write(results, options, describe_environment())
+            write(results, options, environment)  # what is done is recorded, whatever becomes of the rest
+    return 0 if all(result["held"] is not False for result in results) else 1
 
 
-def write(results: list[dict[str, Any]], options: argparse.Namespace, environment: dict[str, Any]) -> int:
-    """Write the record, and return the exit code."""
+def write(results: list[dict[str, Any]], options: argparse.Namespace, environment: dict[str, Any]) -> None:
+    """Write the record; parts of an earlier run that were not done again stay in it."""
     now = datetime.datetime.now(datetime.timezone.utc)
     only = "".join(f" --only {theme}" for theme in options.only or ()) + "".join(f' --part "{part}"' for part in options.part or ())
     command = " ".join(
@@ -227,14 +229,12 @@ def write(results: list[dict[str, Any]], options: argparse.Namespace, environmen
     path = options.out / f"faults_{device_slug(None, environment['cores'])}_{now:%Y%m}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = [{**result, "command": command, "time_utc": now.isoformat(timespec="seconds")} for result in without_folders(results)]
-    if path.exists() and (options.only or options.commands or options.part):
+    if path.exists():
         done = {result["part"] for result in parts}
         parts += [result for result in json.loads(path.read_bytes())["results"] if result["part"] not in done]
     document = {"theme": "faults", "time_utc": now.isoformat(timespec="seconds"), "environment": environment, "results": parts}
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text("\n".join(lines(document, path.name)) + "\n", encoding="utf-8")
-    print(f"Written: {path}")
-    return 0 if all(result["held"] is not False for result in results) else 1
 
 
 def lines(document: dict[str, Any], name: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -18,11 +19,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked, so nothing of others is removed
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +91,6 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def _remove_unless_held(path: Path) -> None:
-    if fcntl is None:
-        return
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -123,8 +117,6 @@ def _new_folder(path: Path, held: contextlib.ExitStack) -> Path:
     while True:
         folder = name_beside(path)
         folder.mkdir(mode=0o700)
-        if fcntl is None:
-            return folder
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         if _held(descriptor, folder):
             held.callback(os.close, descriptor)
@@ -134,8 +126,6 @@ def _new_folder(path: Path, held: contextlib.ExitStack) -> Path:
 
 def _held(descriptor: int, path: Path) -> bool:
     """Lock what was just made; False where somebody took it for abandoned in the moment before."""
-    if fcntl is None:
-        return True
     with contextlib.suppress(OSError):  # a file system without locks
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
