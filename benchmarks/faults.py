@@ -262,7 +262,7 @@ def lines(document: dict[str, Any], name: str) -> list[str]:
             figures = {
                 key: value for key, value in result.items() if key not in ("part", "held", "seconds", "read_only", "command", "time_utc")
             }
-            text.append(f"| {result['part']} | {json.dumps(figures).strip('{}') or 'held'} |")
+            text.append(f"| {result['part']} | {json.dumps(figures)[1:-1] or 'held'} |")
     failed = [f"- {result['part']}: {result['error']}" for result in results if not result["held"]]
     return [*text, "", "Everything held." if not failed else "Did not hold, or was not run:", "", *failed]
 
