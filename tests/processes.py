@@ -20,6 +20,11 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch._dynamo", "txl_train.run", "tests.processes"])  # the first comes with every optimizer
 
 
+def preload(*modules: str) -> None:
+    """Let the server import these too, before the first process is started: each then has them at once."""
+    _CONTEXT.set_forkserver_preload(["torch._dynamo", "txl_train.run", "tests.processes", *modules])
+
+
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], answer: Connection) -> None:
     import torch
 
@@ -66,6 +71,7 @@ def _reaped(processes: list[ForkServerProcess]) -> Iterator[None]:
 
 
 def free_port() -> int:
+    """Return a port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

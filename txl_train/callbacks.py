@@ -32,6 +32,7 @@ from txl_train.distributed import World
 from txl_train.errors import EnvironmentUnfitError
 from txl_train.evaluate import EvalResult
 from txl_train.records import RunRecord, eval_line, nll_figure, peak_memory_bytes, result_figures, train_line
+from txl_train.unfinished import name_beside
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -321,9 +322,8 @@ class EvaluateAndSave(Callback):
         last, kept = self._folder / LAST_NAME, self._folder / f"checkpoint_{run.progress.step}.pt"
         if kept.exists() or not last.exists():
             return
-        unfinished = kept.with_name(f"{kept.name}.tmp")
+        unfinished = name_beside(kept)
         try:
-            unfinished.unlink(missing_ok=True)
             try:
                 os.link(last, unfinished)
             except OSError:  # a file system without links

@@ -10,7 +10,6 @@ training continues exactly; `checkpoint_best.pt` is for use and holds none, whic
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -28,9 +27,11 @@ import txl_train
 from txl_train.config import ModelConfig, model_config_from_dict, to_dict
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import CheckpointError, EnvironmentUnfitError, TxlError, UsageError
+from txl_train.exhaustion import LOADING, told_when_memory_runs_out
 from txl_train.files import blocks
 from txl_train.model.inference import with_lengths
 from txl_train.model.transformer_xl import TransformerXL
+from txl_train.unfinished import file_beside
 
 FORMAT = "txl-checkpoint"
 VERSION = 1
@@ -98,20 +99,14 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "progress": checkpoint.progress,
         "training": _compact(checkpoint.training),
     }
-    unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        with open(unfinished, "wb") as file:
+        with file_beside(path) as file:
             _write(file, payload)
-        os.replace(unfinished, path)
-        _sync_folder(path.parent)
     except OSError as error:
         raise EnvironmentUnfitError(
             f"The checkpoint {path} cannot be written: {error.strerror or error}.",
             remedy=f"{_remedy_of(error)} A checkpoint that was there before is intact.",
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -142,7 +137,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def _unpickle(file: BinaryIO, path: Path) -> object:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with told_when_memory_runs_out(LOADING, doing=f"when {path} was read"):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except EnvironmentUnfitError:
+        raise
     except Exception as error:  # what it raises for damaged files is documented nowhere: AssertionError and IndexError are among it
         raise CheckpointError(
             f"{path} holds something else than tensors and plain values; it was not read and none of its code was run.", remedy=_WRITE_AGAIN
@@ -200,8 +198,6 @@ def _write(file: BinaryIO, payload: dict[str, Any]) -> None:
     assert recorder.end == b"\0\0", "a zip file without comment ends with the comment's length, 0"
     file.seek(-2, os.SEEK_END)
     file.write(_COMMENT_BYTES.to_bytes(2, "little") + _COMMENT_PREFIX + recorder.digest.hexdigest().encode())
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _check_digest(file: BinaryIO, path: Path) -> str:
@@ -296,13 +292,3 @@ def _remedy_of(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "Free some space, or choose a folder that has some."
     return "Choose another folder, or allow writing into this one."
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the move durable, where folders can be opened."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -6,14 +6,13 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import secrets
 from collections.abc import Iterator
 from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from txl_train.errors import EnvironmentUnfitError, UsageError
+from txl_train.unfinished import file_beside
 
 
 def file_sha256(path: str | Path) -> str:
@@ -43,22 +42,15 @@ def whole_or_absent(path: Path) -> Iterator[BinaryIO]:
 
     The folder is made where needed. An `OSError` in between (no permission, full disk) becomes an `EnvironmentUnfitError`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
+        with file_beside(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise EnvironmentUnfitError(
             f"{path} cannot be written: {error.strerror or error}.",
             remedy="Free some disk space, allow writing there, or choose another folder.",
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def check_replaceable(path: Path, beginning: bytes) -> None:

@@ -45,6 +45,7 @@ from txl_train.device import devices_of
 from txl_train.distributed import World, join
 from txl_train.errors import ConfigError, DataError, UsageError, ValidationError
 from txl_train.evaluate import EvalResult
+from txl_train.exhaustion import TRAINING, told_when_memory_runs_out
 from txl_train.flops import forward_flops_per_token, measured_peak_flops, training_flops_per_token
 from txl_train.metrics import perplexity
 from txl_train.model.transformer_xl import TransformerXL
@@ -167,6 +168,7 @@ class TrainResult:
         }
 
 
+@told_when_memory_runs_out(TRAINING)
 def train(
     resolved: Resolved,
     *,
@@ -189,7 +191,7 @@ def train(
     Raises:
         UsageError: the work folder holds a run already, or the settings contradict the checkpoint.
         DataError: the text is missing, empty or too short.
-        EnvironmentUnfitError: there is no such device or precision here, or a file cannot be written.
+        EnvironmentUnfitError: there is no such device or precision here, a file cannot be written, or memory ran out.
         ValidationError: training diverged.
     """
     world = world or World()

@@ -26,6 +26,7 @@ import yaml
 from txl_train import presets
 from txl_train.config import SECTIONS, VALUE_ALIASES, RunConfig, to_dict
 from txl_train.errors import ConfigError, EnvironmentUnfitError, UsageError, nearest
+from txl_train.unfinished import file_beside
 
 ENVIRONMENT_PREFIX = "TXL_"
 NOT_SETTINGS = frozenset({"TXL_CACHE_DIR", "TXL_DEBUG", "TXL_SHARED_DIR"})
@@ -97,10 +98,12 @@ class Resolved:
         path = Path(path)
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n" if path.suffix == ".json" else self.to_yaml()
         try:
-            path.write_text(text, encoding="utf-8")
+            with file_beside(path) as file:
+                file.write(text.encode())
         except OSError as error:
             raise EnvironmentUnfitError(
-                f"{path} cannot be written: {error.strerror}.", remedy="Choose another folder with `--work-dir`, or free some space."
+                f"{path} cannot be written: {error.strerror or error}.",
+                remedy="Choose another folder with `--work-dir`, or free some space.",
             ) from error
 
 

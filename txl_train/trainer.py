@@ -30,6 +30,7 @@ from txl_train.data.segments import Segment
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.distributed import World
 from txl_train.errors import CheckpointError, UsageError, ValidationError
+from txl_train.exhaustion import what_ran_out
 from txl_train.model.memory import Memory
 from txl_train.model.sampled import SampledSoftmax
 from txl_train.model.transformer_xl import TransformerXL
@@ -298,9 +299,9 @@ class Trainer:
             self.segments = self.order.epoch(self.progress.epoch)
             self.memories = self.engine.split(self._own_memory(state["memory"]))
             self._restore_rng(state["rng"])
-        except torch.OutOfMemoryError:
-            raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if what_ran_out(error):
+                raise
             raise CheckpointError(f"The checkpoint's training state is not understood: {error}.", remedy="Train anew.") from error
 
     def _cold_memories(self) -> list[Memory]:

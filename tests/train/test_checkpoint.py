@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from txl_train import checkpoint as checkpoints
+from txl_train import unfinished
 from txl_train.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from txl_train.config import ModelConfig
 from txl_train.data.vocabulary import Vocabulary
@@ -252,7 +253,7 @@ class FullDisk:
 @pytest.mark.parametrize("room", [0, 1_000, 10_000])
 def test_a_full_disk_is_an_error_and_loses_nothing(checkpoint: Checkpoint, saved: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     before = saved.read_bytes()
-    monkeypatch.setattr(checkpoints, "open", lambda *arguments: FullDisk(open(*arguments), room), raising=False)  # noqa: SIM115
+    monkeypatch.setattr(unfinished, "open", lambda *arguments: FullDisk(open(*arguments), room), raising=False)  # noqa: SIM115
 
     with pytest.raises(EnvironmentUnfitError, match="No space left") as error:
         save_checkpoint(saved, checkpoint)

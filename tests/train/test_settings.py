@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -280,6 +281,21 @@ def test_settings_save_as_json_too(config_file: Path, tmp_path: Path) -> None:
 def test_settings_that_cannot_be_saved_are_an_error_of_the_environment(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentUnfitError, match="cannot be written"):
         resolve(environment={}).save(tmp_path / "no" / "such" / "folder.yaml")
+
+
+def test_settings_that_cannot_be_saved_leave_those_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.yaml"
+    resolve(environment={}).save(path)
+    before = path.read_bytes()
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(EnvironmentUnfitError, match="No space left"):
+        resolve(environment={}, overrides=[("lr", 0.5)]).save(path)
+    assert path.read_bytes() == before
+    assert [found.name for found in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_settings_need_neither_pytorch_nor_numpy() -> None:

@@ -18,6 +18,7 @@ import txl_train
 from txl_deploy.cli.lazy import LazyGroup
 from txl_deploy.cli.options import set_up_logging, verbosity, verbosity_options
 from txl_train.errors import EnvironmentUnfitError, TxlError, UsageError
+from txl_train.exhaustion import as_unfit
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("txl_deploy.cli.train:command", "Train a model and write its checkpoints."),
@@ -35,6 +36,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("txl_deploy.cli.doctor:command", "What works on this machine, and what mends the rest."),
 }
 
+_LESS_MEMORY = {
+    "": "Ask for less at a time: a smaller batch size, tgt_len or mem_len.",
+    "eval": "Ask for less at a time: a smaller `--batch-size`, `--tgt-len` or `--mem-len`.",
+    "score": "Ask for less at a time: a smaller `--batch-size` or `--tgt-len`.",
+    "bench": "Leave out the larger ones of `--batch-sizes`, or lower `--tgt-len`.",
+    "export": "Lower `--tgt-len` or `--mem-len`, or export on a machine with more memory.",
+    "parity": "Lower `--batch-size`, or compare on a machine with more memory.",
+    "generate": "Ask for less at a time: fewer `--num-samples`, or a smaller `--segment-len` or `--mem-len`.",
+    "data": "Raise `--min-count` for a smaller vocabulary, or leave out the n-gram models with `--no-baselines`.",
+}
+"""By command: what helps where memory runs out. `train` says it itself."""
 EXIT_BUG = 70
 EXIT_CTRL_C = 130
 EXIT_BROKEN_PIPE = 141
@@ -102,7 +114,7 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        shown = _as_txl_error(error)
+        shown = _as_txl_error(error, None if context is None else context.invoked_subcommand)
         if os.environ.get("TXL_DEBUG", "0") not in ("", "0") or verbosity(context) > 1:
             log.error("Traceback of the error below:", exc_info=error)
         if shown is None:
@@ -113,7 +125,7 @@ def _run(arguments: list[str]) -> int:
         return shown.exit_code
 
 
-def _as_txl_error(error: Exception) -> TxlError | None:
+def _as_txl_error(error: Exception, command: str | None) -> TxlError | None:
     """Return the error as one of ours: itself, or a translation where the cause is the machine's; `None` for a bug."""
     if isinstance(error, TxlError):
         return error
@@ -125,12 +137,8 @@ def _as_txl_error(error: Exception) -> TxlError | None:
             return EnvironmentUnfitError(
                 f"This needs `{error.name}`, which is not installed, or the package is too old.", remedy=f"Install it with `{command}`."
             )
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator: can't allocate memory" in str(error)
-    ):
-        return EnvironmentUnfitError("Memory ran out.", remedy="Ask for less at a time: a smaller batch size, tgt_len or mem_len.")
+    if told := as_unfit(error, _LESS_MEMORY.get(command or "", _LESS_MEMORY[""])):
+        return told
     if isinstance(error, OSError):
         where = "" if error.filename is None else f": {error.filename}"
         return EnvironmentUnfitError(

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from txl_deploy.runtimes.base import TORCH_TYPES
 from txl_deploy.runtimes.eager import EagerRuntime
 from txl_deploy.runtimes.registry import open_artifact
 from txl_deploy.signature import TensorSpec, step_signature
+from txl_train import unfinished
 from txl_train.checkpoint import load_model
 from txl_train.config import HeadKind, MemoryKind, SameLengthRule, to_dict
 from txl_train.errors import EnvironmentUnfitError, ManifestError, UsageError, ValidationError
@@ -240,19 +239,29 @@ def _record(spec: TensorSpec) -> manifests.TensorRecord:
 
 @contextlib.contextmanager
 def folder_beside(out: Path, *, overwrite: bool, is_ours: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
-    """Yield a new folder that becomes `out` if the body ends without an error, and vanishes otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    """Yield a new folder that becomes `out` if the body ends without an error, and vanishes otherwise.
+
+    An `OSError` in between (no permission, full disk) becomes an `EnvironmentUnfitError`.
+    """
     try:
-        yield folder
-        folder.chmod(0o755)
-        if out.exists():
-            check_target(out, overwrite=overwrite, is_ours=is_ours)
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-            os.replace(out, old)
-            os.replace(folder, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.folder_beside(out) as folder:
+            yield folder
+            folder.chmod(0o755)
+            _take_name(folder, out, overwrite=overwrite, is_ours=is_ours)
+    except OSError as error:
+        raise EnvironmentUnfitError(
+            f"{out} cannot be written: {error.strerror or error}.",
+            remedy="Free some disk space, allow writing there, or name another folder with `--out`. Nothing was changed there.",
+        ) from error
+
+
+def _take_name(folder: Path, out: Path, *, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
+    """Give a finished folder its name; what had it, if that may go, gets the folder's."""
+    try:
+        os.rename(folder, out)  # succeeds where there is nothing, or an empty folder
+    except OSError:
+        if not out.exists():
+            raise
+        check_target(out, overwrite=overwrite, is_ours=is_ours)
+        unfinished.exchange(folder, out)

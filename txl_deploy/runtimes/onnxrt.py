@@ -31,6 +31,7 @@ from txl_deploy.runtimes.base import TORCH_TYPES, RuntimeInfo
 from txl_deploy.runtimes.graph import GraphRuntime
 from txl_deploy.signature import TensorSpec, step_signature
 from txl_train.errors import ArtifactError, EnvironmentUnfitError, TxlError, UsageError
+from txl_train.exhaustion import LOADING, as_unfit
 from txl_train.model.memory import Memory, state_count, state_shape
 
 _INSTALL = "Install it with `pip install 'txl[onnx]'` (or `'txl[onnx-gpu]'` on a GPU)."
@@ -116,6 +117,8 @@ class OnnxRuntime(GraphRuntime):
         except TxlError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no public base class
+            if told := as_unfit(error, LOADING, doing=f"when {path} was loaded"):
+                raise told from error
             reason = str(error).strip().splitlines()[0]
             if on_gpu:
                 raise EnvironmentUnfitError(

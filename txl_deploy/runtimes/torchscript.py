@@ -15,6 +15,7 @@ from txl_deploy.claims import count_matrices
 from txl_deploy.runtimes.base import RuntimeInfo, torch_compute
 from txl_deploy.runtimes.graph import ModuleRuntime
 from txl_train.errors import ArtifactError
+from txl_train.exhaustion import LOADING, as_unfit
 
 _SETTINGS = {
     "tgt_len": "tgt_len",
@@ -36,6 +37,8 @@ class TorchScriptRuntime(ModuleRuntime):
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated since 2.13 and works up to Python 3.13
                 module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=info.device)  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError) as error:
+            if told := as_unfit(error, LOADING, doing=f"when {path} was loaded"):
+                raise told from error
             reason = str(error).strip().splitlines()[0]
             raise ArtifactError(
                 f"PyTorch cannot load {path}: {reason}", remedy="Export it again with `txl export --format torchscript`."

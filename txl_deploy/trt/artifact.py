@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from txl_deploy.trt.builder import BuiltEngine, EngineSpec, build_engine, check_
 from txl_deploy.trt.kit import is_kit, write_kit
 from txl_deploy.trt.profiles import check_profiles, profiles_for
 from txl_deploy.trt.refusals import PLAN_FILE, check_fits
+from txl_train import unfinished
 from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError
 from txl_train.files import file_sha256
 
@@ -349,8 +349,8 @@ def _graph(request: EngineRequest) -> Iterator[Path]:
         return
     assert request.checkpoint is not None
     request.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{request.out.name}.", dir=request.out.parent) as folder:
-        out = request.keep_onnx or Path(folder) / "onnx"
+    with unfinished.folder_beside(request.out) as folder:
+        out = request.keep_onnx or folder / "onnx"
         export_artifact(dataclasses.replace(request.checkpoint, format="onnx", out=out))
         yield out
 

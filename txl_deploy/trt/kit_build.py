@@ -34,6 +34,7 @@ MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "model.plan"
 CACHE_FILE = "timing.cache"
 PARENT_FILE = "parent.json"
+UNFINISHED = ".unfinished"
 
 PRODUCTS = ("MATRIX_MULTIPLY", "EINSUM", "CONVOLUTION", "DECONVOLUTION")
 ELEMENTS = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
@@ -198,7 +199,10 @@ def build(kit: SimpleNamespace, folder: Path, gpu: dict[str, str] | None, out: P
     if stop.asked:
         raise Refusal(130, "Interrupted.", "")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=str(out.parent)))
+    for left in out.parent.iterdir():
+        if left.name.startswith(f".{out.name}.") and left.name.endswith(UNFINISHED):
+            shutil.rmtree(str(left), ignore_errors=True)  # what a killed build has left: one kit is built once at a time
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=UNFINISHED, dir=str(out.parent)))
     try:
         (partial / PLAN_FILE).write_bytes(plan)
         if cache is not None:

@@ -38,6 +38,7 @@ from txl_train.data.scan import DROPPED, TextScan, scan_text
 from txl_train.data.vocabulary import MISSING, Vocabulary
 from txl_train.errors import ConfigError, DataError, EnvironmentUnfitError, nearest
 from txl_train.files import file_sha256
+from txl_train.unfinished import remove_abandoned
 
 __all__ = ["Corpus", "IdArray", "check_vocabulary", "default_cache_dir", "encode_text", "load_corpus"]
 
@@ -68,6 +69,7 @@ class Corpus:
         self._hashes = dict(hashes or {})
         self._processes = processes
         self._entries: dict[str, Entry] = {}
+        remove_abandoned(cache_dir)
 
     def ids(self, split: str) -> IdArray:
         """Return the ids of a split, [N], read-only and memory-mapped: uint16 for up to 65,536 tokens in the vocabulary, else int32.

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from txl_train.errors import EnvironmentUnfitError
+from txl_train.exhaustion import LOADING, as_unfit
 from txl_train.files import whole_or_absent
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,10 @@ def write_entry(cached: Path, key: IdCacheKey, write: Callable[[Path, int], dict
 
 
 def open_entry(cached: Path, key: IdCacheKey) -> Entry | None:
-    """Map an entry read-only; None where there is none or where size, header or checksum are not as they were written."""
+    """Map an entry read-only; None where there is none or where size, header or checksum are not as they were written.
+
+    Raises `EnvironmentUnfitError` where memory ran out.
+    """
     try:
         with cached.open("rb") as file:
             header = _unpack_header(file.read(HEADER_BYTES))
@@ -107,7 +111,9 @@ def open_entry(cached: Path, key: IdCacheKey) -> Entry | None:
             if checksum != header["crc32"]:
                 return None
             ids = np.memmap(file, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
-    except OSError:
+    except OSError as error:
+        if told := as_unfit(error, LOADING, doing=f"when {cached} was opened"):
+            raise told from error
         return None
     return Entry(ids=ids, n_unknown=header["n_unknown"], n_words=header["n_words"])
 

@@ -120,6 +120,7 @@ class FolderWriter:
                 counts.add(block, path)
             if not counts.n_bytes:
                 raise DataError(f"The {split} split would be empty.", remedy="Give the whole data set, or a longer text.")
+            self._record()  # before the file has its name: killed in between, this folder must be known as ours
         self.prepared.splits[split] = SplitFile(
             file=name, bytes=counts.n_bytes, lines=counts.n_lines, tokens=counts.tokens(path), sha256=counts.sha256
         )

@@ -241,11 +241,11 @@ def build(directory: Path | str) -> BuildInfo:
             remedy="Use Python 3.10 to 3.13, or text of your own with `--dataset text`.",
         )
     info = BuildInfo(directory=directory, python_version=platform.python_version(), splits=splits)
+    with whole_or_absent(directory / INFO_FILE) as file:  # first, so that a folder is known as ours whenever this is killed
+        file.write((json.dumps(info.to_dict(), indent=2) + "\n").encode())
     for split, text in texts.items():
         with whole_or_absent(directory / spec.files[split]) as file:
             file.write(text)
-    with whole_or_absent(directory / INFO_FILE) as file:
-        file.write((json.dumps(info.to_dict(), indent=2) + "\n").encode())
     return info
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from txl_deploy.export.artifact import ExportRequest, export_artifact
 from txl_deploy.manifest import read_manifest, verify
 from txl_train.checkpoint import load_model, save_checkpoint
 from txl_train.data.vocabulary import Vocabulary
-from txl_train.errors import CheckpointError, UsageError, ValidationError
+from txl_train.errors import CheckpointError, EnvironmentUnfitError, UsageError, ValidationError
 from txl_train.files import file_sha256
 from txl_train.model.inference import InferenceStep
 
@@ -158,3 +159,52 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(exports: Exports, tmp_path: 
     with pytest.raises(CheckpointError, match="was changed"):
         export_artifact(request(exports, tmp_path / "a", checkpoint=damaged))
     assert [path.name for path in tmp_path.iterdir()] == ["damaged.pt"]
+
+
+def test_an_artifact_that_another_export_has_made_meanwhile_is_not_replaced_unasked(exports: Exports, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def meanwhile() -> None:
+        with artifacts.folder_beside(out, overwrite=False):
+            shutil.copytree(exports.onnx, out)
+
+    with pytest.raises(UsageError, match="holds an exported model already"):
+        meanwhile()
+    assert verify(out) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_whole_artifact_is_there_at_any_time_while_it_is_replaced(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(exports.onnx, out)
+    remove, rename = shutil.rmtree, os.rename
+
+    def look(*arguments: object) -> None:
+        assert verify(out) == []
+
+    monkeypatch.setattr(artifacts.unfinished.shutil, "rmtree", lambda path, **options: (look(), remove(path, **options)))
+    monkeypatch.setattr(artifacts.unfinished.os, "rename", lambda one, other: (look(), rename(one, other), look()))
+    request = ExportRequest(checkpoint=exports.checkpoint, out=out, format="torchscript", overwrite=True)
+    assert export_artifact(request).manifest.format == read_manifest(out).format == "torchscript"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_written_is_an_unfit_environment(exports: Exports, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(EnvironmentUnfitError, match="cannot be written") as error:
+        export_artifact(ExportRequest(checkpoint=exports.checkpoint, out=tmp_path / "file" / "out", format="torchscript"))
+    assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize(("name", "loader"), [("torchscript", "torch.jit.load"), ("onnx", "onnxruntime.InferenceSession")])
+def test_an_artifact_that_memory_is_too_small_for_is_not_called_damaged(
+    name: str, loader: str, exports: Exports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("std::bad_alloc")
+
+    monkeypatch.setattr(loader, fail)
+    with pytest.raises(EnvironmentUnfitError, match="Memory ran out when"):
+        artifacts.open_artifact(getattr(exports, name))

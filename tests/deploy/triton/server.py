@@ -9,7 +9,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +17,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.processes import free_port
 
 READY_S = 120
 """How long a server may take until its models are loaded."""
@@ -60,7 +61,7 @@ class Server:
         if not backend.exists():
             shutil.copytree(_packages() / "pytriton" / "tritonserver" / "backends" / "python", backend)
             shutil.copy(_stub(), backend)
-        self._ports = [_free_port() for _ in range(3)]
+        self._ports = [free_port() for _ in range(3)]
         self.http, self.grpc, self.metrics = (f"127.0.0.1:{port}" for port in self._ports)
         self.log = work / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -139,9 +140,3 @@ def running(repository: Path, work: Path) -> Iterator[Server]:
         yield server
     finally:
         server.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

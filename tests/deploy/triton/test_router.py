@@ -19,6 +19,7 @@ import yaml
 from tests.deploy.conftest import Exports
 from tests.deploy.test_streams import alone, text
 from tests.deploy.triton import server as servers
+from tests.processes import free_port
 from txl_deploy.opening import open_exported
 from txl_deploy.triton.config import MINIMUM_SERVER, ServeOptions
 from txl_deploy.triton.repository import write_repository
@@ -89,12 +90,6 @@ def test_kubernetes_selectors_ports_and_routes_name_what_is_there():
         address = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]["socket_address"]
         assert ("Service", address["address"]) in found
         assert address["port_value"] == listener["address"]["socket_address"]["port_value"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -391,6 +391,18 @@ def test_a_build_that_fails_leaves_nothing(
     assert not [path.name for path in kit.iterdir() if "engine" in path.name]
 
 
+def test_what_a_killed_build_has_left_goes_with_the_next(kit: Path, tensorrt: Callable[[str], Path]) -> None:
+    tensorrt("10.4.0")
+    left = kit / f".engine.abcdefgh{kit_build.UNFINISHED}"
+    left.mkdir()
+    (left / "model.plan").write_bytes(b"half")
+    script = script_of(kit)
+    script.gpus = lambda: [V100]
+    assert script.main([]) == 0
+    assert not left.exists()
+    assert manifests.read_verified(kit / "engine").format == "trt"
+
+
 def test_tensorrt_rtx_builds_a_kit_for_a_t4_without_a_gpu(kit_for: Callable[[str, str], Path], artifact: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     kit = kit_for("t4", "tensorrt-rtx")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from txl_train.data import prepare as prepare_module
+from txl_train.data import prepared as prepared_module
 from txl_train.data import pydoc
 from txl_train.data.corpus import load_corpus
 from txl_train.data.datasets import SPLITS, get_dataset
@@ -112,6 +113,23 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(wikitext: Path, out: Pa
     kept = (out / "train.txt").stat().st_mtime_ns
     assert prepare("wt103", out, wikitext).complete
     assert (out / "train.txt").stat().st_mtime_ns == kept
+    assert written(out) == WIKI
+
+
+def test_a_run_that_is_killed_between_a_split_and_its_record_goes_on(wikitext: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = prepared_module.write_json
+
+    def interrupted(path: Path, document: dict[str, object]) -> None:
+        if document["splits"]:
+            raise KeyboardInterrupt
+        write(path, document)
+
+    monkeypatch.setattr(prepared_module, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("wt103", out, wikitext)
+    monkeypatch.undo()
+    assert (out / "test.txt").exists()  # as in the archive, the first
+    assert prepare("wt103", out, wikitext).complete
     assert written(out) == WIKI
 
 

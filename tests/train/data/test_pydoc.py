@@ -128,6 +128,25 @@ def test_a_damaged_folder_is_built_anew(built: pydoc.BuildInfo, tmp_path: Path) 
     assert read_info(tmp_path) is not None
 
 
+def test_a_folder_whose_build_was_killed_halfway_is_built_anew(
+    built: pydoc.BuildInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = pydoc.whole_or_absent
+
+    def interrupted(path: Path) -> object:
+        if path.name == "valid.txt":
+            raise KeyboardInterrupt
+        return write(path)
+
+    monkeypatch.setattr(pydoc, "whole_or_absent", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / "train.txt").exists()
+    assert read_info(tmp_path) is None
+    assert build(tmp_path).splits == built.splits
+
+
 def test_other_peoples_files_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("my own text\n")
     with pytest.raises(DataError, match="not overwritten") as caught:
