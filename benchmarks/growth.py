@@ -191,8 +191,9 @@ def resident_bytes() -> int:
 
 def own_bytes() -> int:
     """Return the part of `resident_bytes` that no file lies behind: pages of files come and go as the system needs room for others."""
-    resident = resident_bytes()
-    return resident - int(Path("/proc/self/statm").read_text(encoding="ascii").split()[2]) * 4096
+    resident_bytes()  # gives back what it can
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def growth_per_10000(segments: Sequence[int], sizes: Sequence[int]) -> float:

@@ -183,8 +183,10 @@ def evaluate(
         n_segments += 1
         if not_finite is None:
             counted_BT = torch.from_numpy(segment.counted_BT)
-            spoiled = None if math.isfinite(part) else spoiled_loss(nll_BT.cpu().masked_fill(~counted_BT, 0))
-            if spoiled := spoiled or spoiled_memory(memory, target_ids_BT.shape[1]):
+            spoiled = spoiled_memory(memory, target_ids_BT.shape[1])
+            if spoiled is None and not math.isfinite(part):
+                spoiled = spoiled_loss(nll_BT.cpu().masked_fill(~counted_BT, 0))
+            if spoiled is not None:
                 not_finite = segment.index, spoiled, _place(stepper, input_ids_BQ, target_ids_BT, before)
         if not_finite is not None and world.size == 1:
             break  # several processes go on together to the end, where all are told

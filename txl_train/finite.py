@@ -40,7 +40,7 @@ class Spoiled(NamedTuple):
             )
         return ValidationError(
             f"The fp16 memory overflowed in segment {segment}{where}: {state_name(self.state, self.is_kv)} of stream {self.stream} "
-            "are not finite.",
+            "are too large.",
             remedy=_FP32_MEMORY,
         )
 
@@ -57,10 +57,13 @@ def spoiled_loss(nll_BT: Tensor) -> Spoiled | None:
 
 
 def spoiled_memory(memory: Memory, n_newest: int) -> Spoiled | None:
-    """Return the first stream and state in fp16 of whose last `n_newest` positions any is not finite. Waits for a device."""
+    """Return the first state in fp16, and its stream, of whose last `n_newest` positions any overflowed. Waits for a device.
+
+    Not those that are no numbers: they come from elsewhere, and the loss shows them.
+    """
     if n_newest < 1 or not any(state.dtype is torch.float16 for state in memory.states):
         return None
-    bad_SB = torch.stack([~state[..., -n_newest:, :].isfinite().flatten(1).all(dim=1) for state in memory.states])
+    bad_SB = torch.stack([state[..., -n_newest:, :].isinf().flatten(1).any(dim=1) for state in memory.states])
     if not bool(bad_SB.any()):
         return None
     state, stream = bad_SB.nonzero()[0].tolist()
@@ -69,7 +72,7 @@ def spoiled_memory(memory: Memory, n_newest: int) -> Spoiled | None:
 
 def check_step(nll_BT: Tensor, memory: Memory, segment: int, *, n_newest: int) -> None:
     """Raise ValidationError, with segment and stream, if a loss or the newest of a memory in fp16 is not finite."""
-    spoiled = spoiled_loss(nll_BT) or spoiled_memory(memory, n_newest)
+    spoiled = spoiled_memory(memory, n_newest) or spoiled_loss(nll_BT)  # the first may be the reason for the second
     if spoiled is not None:
         raise spoiled.error(segment)
 
