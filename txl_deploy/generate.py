@@ -21,6 +21,7 @@ from torch import Tensor
 from txl_deploy.runtimes.base import HeadError, Runtime, RuntimeInfo
 from txl_deploy.sampling import Chance, Sampling, distribution, log_probs
 from txl_train.errors import UsageError
+from txl_train.finite import check_memory, check_scores
 from txl_train.model.memory import Memory
 
 
@@ -91,8 +92,10 @@ class Generator:
             while len(ids_N) - at > Q:
                 memory = _advance(reader, ids_N[at : at + Q], memory)
                 at += Q
+                check_memory(memory, at, n_newest=Q)
         for position in range(at, len(ids_N)):
             scores_BV, memory = _next(self.step, ids_N[position : position + 1, None], memory)
+            check_scores(scores_BV, memory, position, n_newest=1)
         return scores_BV, memory
 
     @torch.inference_mode()
@@ -158,6 +161,7 @@ class Generator:
                 return
             begun = time.perf_counter()
             scores_BV, memory = _next(self.step, last_B[:, None], memory)
+            check_scores(scores_BV, memory, position, n_newest=1)
             log_p_BV = [log_probs(scores_V) if going[row] else scores_V for row, scores_V in enumerate(scores_BV)]
             timing.steps_s.append(time.perf_counter() - begun)
 

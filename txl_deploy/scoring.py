@@ -7,6 +7,7 @@ losses add up in `txl_train.evaluate`.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,11 +268,11 @@ def _total(results: Sequence[EvalResult]) -> EvalResult:
     """Return the outcome of several passes together."""
     parts = zip(*(result.by_process for result in results))
     return EvalResult(
-        nll_nats_sum=sum(result.nll_nats_sum for result in results),
+        nll_nats_sum=math.fsum(result.nll_nats_sum for result in results),
         n_tokens=sum(result.n_tokens for result in results),
         n_segments=sum(result.n_segments for result in results),
         seconds=sum(result.seconds for result in results),
-        by_process=tuple(ProcessScore(sum(p.nll_nats_sum for p in part), sum(p.n_tokens for p in part)) for part in parts),
+        by_process=tuple(ProcessScore(math.fsum(p.nll_nats_sum for p in part), sum(p.n_tokens for p in part)) for part in parts),
         step_seconds=tuple(value for result in results for value in result.step_seconds),
         step_tokens=tuple(value for result in results for value in result.step_tokens),
         segment_nll_nats=tuple(value for result in results for value in result.segment_nll_nats),

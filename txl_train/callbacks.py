@@ -66,6 +66,8 @@ class Progress:
     """Lowest mean nll on valid.txt so far, nats per token."""
     best_step: int | None = None
     """The step it was reached at."""
+    skipped_steps: int = 0
+    """Steps that left the weights as they were, because gradients overflowed fp16 and the loss scale was too large."""
     evaluated_step: int = 0
     """The step of the latest complete evaluation; 0 before the first."""
 
@@ -207,6 +209,7 @@ class LogProgress(Callback):
             "lr": lr,
             "grad_norm": float(window[-1].grad_norm),
             "loss_scale": run.loss_scale,
+            "skipped_steps": run.progress.skipped_steps,
             "ms_per_step": ms_per_step,
             "tokens_per_s": tokens_per_s,
             "model_flops_utilisation": None if self._work is None else self._work.utilisation(tokens_per_s),

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from txl_train.config import TrainConfig
 from txl_train.distributed import World
 from txl_train.errors import ConfigError
+from txl_train.finite import watched
 from txl_train.model.adaptive import cluster_rows
 from txl_train.model.memory import Memory
 from txl_train.model.sampled import SampledSoftmax
@@ -56,11 +57,13 @@ class LossModule(nn.Module):
         `rows` is what `cluster_rows` returns for the targets.
         """
         hidden_PTD, memory = (self._compiled or self.model)(input_ids_PQ, memory)
+        return (self.loss(hidden_PTD, target_ids_PT, rows) * counted_PT).sum(), memory
+
+    def loss(self, hidden_PTD: Tensor, target_ids_PT: Tensor, rows: list[Tensor] | None = None) -> Tensor:
+        """Return the loss of each target, nats, [P, T]."""
         if self.sampled is None:
-            loss_PT = self.model.nll(hidden_PTD, target_ids_PT, rows)
-        else:
-            loss_PT = self.sampled(hidden_PTD, target_ids_PT, self.model.head)
-        return (loss_PT * counted_PT).sum(), memory
+            return self.model.nll(hidden_PTD, target_ids_PT, rows)
+        return self.sampled(hidden_PTD, target_ids_PT, self.model.head)
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,27 @@ class Engine:
         for duplicate in self._copies[1:]:
             _add_gradients(self._copies[0], duplicate)
         return loss, new_memories
+
+    def first_not_finite(self, batch: tuple[Tensor, Tensor, Tensor], memories: list[Memory], precision: Precision) -> str | None:
+        """Compute the loss once more, without gradients, and return in words what of it is not finite first; None if all is.
+
+        Values are dropped out anew, from random numbers that nothing else gets.
+        """
+        for part, memory in zip(self._parts, memories, strict=True):
+            copy_of, device = self._copies[part.copy], self.devices[part.copy]
+            for layer, state in enumerate(memory.states):
+                if not bool(state.isfinite().all()):
+                    return f"the memory of layer {layer}"
+            inputs, targets, counted = _moved([tensor[part.streams] for tensor in batch], device)
+            gpus = [device] if device.type == "cuda" else []
+            with torch.random.fork_rng(gpus), torch.no_grad(), watched(copy_of.model) as found, precision.autocast():
+                hidden, _ = copy_of.model(inputs, memory)
+                loss_PT = copy_of.loss(hidden, targets)
+            if found:
+                return found[0]
+            if not bool((loss_PT * counted).isfinite().all()):
+                return "the loss of the softmax"
+        return None
 
     def _quiet(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are exchanged once a batch, with its last part."""

@@ -45,15 +45,25 @@ class Precision:
         """Add the gradients of `loss`, scaled where the precision needs it."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def clip(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        """Undo the scale, then scale the gradients down to `max_norm` together (0: leave them). Returns their norm before that."""
+    def norm(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> Tensor:
+        """Undo the scale of the gradients, and return the norm of those of `parameters` together."""
         self._scaler.unscale_(optimizer)
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+        return torch.nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the optimizer move the weights; after an fp16 overflow they stay and the loss scale is halved instead."""
-        self._scaler.step(optimizer)
+    def clip(self, parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
+        """Scale the gradients down to `max_norm` together (0: leave them), given what `norm` has returned."""
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm if max_norm > 0 else float("inf"), norm)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Let the optimizer move the weights, and return True; after an fp16 overflow they stay and the loss scale is halved instead."""
+        moved: list[bool] = []
+        handle = optimizer.register_step_pre_hook(lambda *_: moved.append(True))  # the scaler does not tell whether it took the step
+        try:
+            self._scaler.step(optimizer)
+        finally:
+            handle.remove()
         self._scaler.update()
+        return bool(moved)
 
     @property
     def loss_scale(self) -> float | None:

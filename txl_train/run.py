@@ -145,6 +145,7 @@ class TrainResult:
         return {
             "ending": self.ending,
             "steps": progress.step,
+            "skipped_steps": progress.skipped_steps,
             "epoch": progress.epoch,
             "tokens": progress.tokens,
             "train_seconds": progress.train_seconds,
@@ -315,6 +316,8 @@ def _train(
             record.say(end_line(test.seconds, test.nll_nats_per_token, char=char))
             record.say("=" * 100)
             record.measure("test", step=progress.best_step or progress.step, **result_figures(test, char))
+        if progress.skipped_steps:
+            record.say(f"fp16 overflowed at {progress.skipped_steps} of {progress.step} steps, which left the weights as they were")
         record.say(f"Training time: {progress.train_seconds / 60:.2f} minutes")
         record.say(f"Training throughput: {progress.tokens / max(progress.train_seconds, 1e-9):.2f} tok/s")
     return TrainResult(

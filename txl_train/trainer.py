@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from txl_train.data.vocabulary import Vocabulary
 from txl_train.distributed import World
 from txl_train.errors import CheckpointError, UsageError, ValidationError
 from txl_train.exhaustion import what_ran_out
+from txl_train.finite import spoiled_gradients
 from txl_train.model.memory import Memory
 from txl_train.model.sampled import SampledSoftmax
 from txl_train.model.transformer_xl import TransformerXL
@@ -40,6 +42,7 @@ from txl_train.order import TrainingOrder
 from txl_train.parallel import Engine
 from txl_train.precision import Precision
 
+_LOOK_CLOSER = "With `--log-interval 1` each step is looked at before it moves the weights, and the place is named."
 _CONTINUE_SLOWER = (
     f"If there is a {LAST_NAME}, it is as it was: continue from it with `--resume` and a smaller `--lr`; otherwise begin with one."
 )
@@ -175,7 +178,8 @@ class Trainer:
         """Take one optimizer step on the next batch; the loss is the mean over the batch's tokens (of several processes, a part of it).
 
         Raises:
-            ValidationError: the loss or the gradients of this step, or of one of the last `log_interval` on a GPU, are not finite.
+            ValidationError: the loss or the gradients of this step are not finite, and the weights are as they were; or, on a GPU, those of
+                one of the last `log_interval` steps.
         """
         progress, optim = self.progress, self.config.optim
         if progress.batch == len(self.segments):
@@ -192,17 +196,23 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         batch = (torch.from_numpy(segment.input_ids_BT), torch.from_numpy(segment.target_ids_BT), torch.from_numpy(segment.counted_BT))
-        loss, self.memories = self.engine.run(batch, self.memories, n_tokens, self.precision)
+        before = self.memories
+        loss, self.memories = self.engine.run(batch, before, n_tokens, self.precision)
         self._forget_unused_clusters(segment)
-        grad_norm = self.precision.clip(self.optimizer, self._clipped, optim.clip)
-        self.precision.step(self.optimizer)
+        grad_norm = self.precision.norm(self.optimizer, self._clipped)
+        report = StepReport(progress.step + 1, lr, loss, grad_norm, n_tokens)
+        looks = self.device.type == "cpu" or self.config.train.log_interval == 1
+        if looks and self._is_spoiled(report):
+            raise self._diverged(report, self._place(report, batch, before))
+        self.precision.clip(self._clipped, optim.clip, grad_norm)
+        if not self.precision.step(self.optimizer):
+            progress.skipped_steps += 1
 
         progress.step += 1
         progress.batch += 1
         progress.tokens += n_tokens
-        report = StepReport(progress.step, lr, loss, grad_norm, n_tokens)
         self._unchecked.append(report)
-        if self.device.type == "cpu" or len(self._unchecked) >= self.config.train.log_interval:
+        if looks or len(self._unchecked) >= self.config.train.log_interval:
             self._check_finite()
         return report
 
@@ -360,19 +370,34 @@ class Trainer:
     def _check_finite(self) -> None:
         reports, self._unchecked = self._unchecked, []
         for report in reports:
-            loss, grad_norm = float(report.loss), float(report.grad_norm)
-            overflow = self.precision.dtype == "fp16" and np.isfinite(loss)  # the loss scale takes care of that
-            if not (np.isfinite(loss) and (np.isfinite(grad_norm) or overflow)):
-                raise ValidationError(
-                    f"Training diverged: at step {report.step} the loss is {loss}, its gradient's norm {grad_norm}, lr {report.lr:.3e}.",
-                    remedy=_CONTINUE_SLOWER,
-                )
+            if self._is_spoiled(report):
+                raise self._diverged(report, None)
         scale = self.precision.loss_scale if reports else None
         if scale is not None and scale < _SMALLEST_LOSS_SCALE:
             raise ValidationError(
                 f"Training diverged: up to step {reports[-1].step} gradients were so seldom finite that the loss scale fell to {scale:g}.",
                 remedy=f"{_CONTINUE_SLOWER} Or use `--dtype bf16` or fp32.",
             )
+
+    def _is_spoiled(self, report: StepReport) -> bool:
+        """Whether a step is not to count: its loss is not finite, or its gradients, unless the loss scale takes care of them."""
+        loss_is_finite = math.isfinite(float(report.loss))
+        return not (loss_is_finite and (self.precision.dtype == "fp16" or math.isfinite(float(report.grad_norm))))
+
+    def _place(self, report: StepReport, batch: tuple[Tensor, Tensor, Tensor], memories: list[Memory]) -> str:
+        """Return what of the step under way is not finite first; the gradients are not clipped yet."""
+        if math.isfinite(float(report.loss)):
+            return spoiled_gradients(self.model.named_parameters())
+        place = self.engine.first_not_finite(batch, memories, self.precision)
+        return place or "not found, as with other values dropped out all is finite"
+
+    def _diverged(self, report: StepReport, place: str | None) -> ValidationError:
+        first = "" if place is None else f" First not finite: {place}."
+        return ValidationError(
+            f"Training diverged: at step {report.step} the loss is {float(report.loss)}, its gradient's norm {float(report.grad_norm)}, "
+            f"lr {report.lr:.3e}.{first}",
+            remedy=_CONTINUE_SLOWER if place is not None else f"{_CONTINUE_SLOWER} {_LOOK_CLOSER}",
+        )
 
     def _rng_states(self) -> list[dict[str, Tensor]]:
         """Of each process."""

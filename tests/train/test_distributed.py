@@ -250,4 +250,4 @@ def score_with_a_spoilt_process() -> str:
 
 def test_a_score_that_is_not_finite_in_one_process_is_told_by_all() -> None:
     for message in in_processes(2, score_with_a_spoilt_process):
-        assert message.startswith("The loss of segment 1 in process 1 is not finite")
+        assert message.startswith("The loss of stream 0 in segment 1 of process 1 is not finite")

@@ -71,12 +71,12 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all() -> None:
     only_the_last = 50
     messages = in_processes(2, score, 2, only_the_last)
     assert messages[0] == messages[1]
-    assert "in process 1 is not finite" in messages[0]
+    assert " of process 1 is not finite" in messages[0]
 
 
 def test_one_process_names_the_segment_that_is_not_finite() -> None:
     message = score(1, int(IDS[9]))
-    assert message == "The loss of segment 2 is not finite, so there is no perplexity."
+    assert message == "The loss of stream 0 in segment 2 is not finite, so there is no perplexity."
 
 
 class Clock:

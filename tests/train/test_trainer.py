@@ -155,7 +155,7 @@ def test_the_host_reads_losses_at_the_log_interval_and_nothing_of_the_device_bet
             counts.append(len(reads.names))
 
     assert counts[0] == counts[1] == counts[3] == counts[4] == reads_a_step  # fp16's: did a gradient overflow
-    assert counts[2] == counts[5] >= 2 * 3  # loss and norm of three steps
+    assert counts[2] == counts[5] >= 3 * (1 if dtype == "fp16" else 2)  # losses of three steps; and norms, unless a loss scale sees to them
 
 
 def test_the_counter_of_reads_sees_a_loss_that_finds_its_rows_on_the_device() -> None:

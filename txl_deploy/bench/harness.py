@@ -308,6 +308,8 @@ class _Lane:
         """Of the timed steps, from the cold start on."""
         self._first_ns = self._last_ns = 0
         self._reasons: list[str] = []
+        self._not_finite: str | None = None
+        """The first loss that was not finite, of this process."""
 
     def fill(self, count: int) -> None:
         """Read the text of so many steps, from the cold start on, in fewer and longer ones where the runtime can."""
@@ -336,6 +338,9 @@ class _Lane:
         self._last_ns = self.clock()
         self._numbers.append(number)
         self._timed.append((done.ms, done.enqueue_ms, int(done.counted_BT.sum()), float(nll[done.counted_BT].sum())))
+        if self._not_finite is None and not math.isfinite(self._timed[-1][3]):
+            stream = int(np.flatnonzero((~np.isfinite(nll) & done.counted_BT).any(axis=1))[0])
+            self._not_finite = f"the loss of stream {stream} in segment {number} is not finite"
 
     def _step(self) -> _Step:
         if self.workload.starts_cold(self.steps):
@@ -369,6 +374,7 @@ class _Lane:
         expected = self.contender.expected
         compared = None if expected is None else expected.compare(self.workload, self._numbers, counts, sums)
         self._reasons = [compared.told] if compared is not None and compared.agrees is False else []
+        self._reasons = [*([] if self._not_finite is None else [self._not_finite]), *self._reasons]
         latency = LatencySummary.of(samples, (*STANDARD_PERCENTILES, *self.settings.percentiles))
         return Row(
             runtime=info.name,

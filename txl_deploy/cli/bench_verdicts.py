@@ -121,7 +121,8 @@ class Verdicts:
         if result.failed:
             worst = result.failed[0]
             difference = worst.perplexity_rel_diff
-            how = "is not finite" if worst.perplexity is None else "is not what its receipt says"
+            of = f", as {worst.invalid_reasons[0]}" if worst.invalid_reasons else ""
+            how = f"is not finite{of}" if worst.perplexity is None else "is not what its receipt says"
             how = how if difference is None else f"is {abs(difference):.1e} away from the checkpoint's"
             raise ValidationError(
                 f"The perplexity of {worst.runtime} at batch size {worst.batch_size} {how}; {len(result.failed)} rows failed.",

@@ -240,7 +240,7 @@ def _by_place(tensors: Sequence[TensorParity]) -> list[PlaceParity]:
 
 def _memory_before(reference: EagerRuntime, turns: Sequence[Turn]) -> Memory:
     """Return the memory that the last of `turns` begins with."""
-    session = Session(reference, turns[0].segment.input_ids_BT.shape[0])
+    session = Session(reference, turns[0].segment.input_ids_BT.shape[0], checked=False)
     for turn in turns[:-1]:
         session.reset(turn.resets)
         _own_step(session, turn.segment)
@@ -257,7 +257,7 @@ def _own_step(session: Session, segment: Segment) -> Tensor:
 
 
 def _own_result(candidate: Runtime, segment: Segment, memory: Memory) -> Tensor:
-    session = Session(candidate, segment.input_ids_BT.shape[0])
+    session = Session(candidate, segment.input_ids_BT.shape[0], checked=False)
     device = candidate.info.device
     session.memory = Memory([state.to(device) for state in memory.states], memory.length_B.to(device))
     return _own_step(session, segment).cpu()
@@ -283,7 +283,7 @@ def _record(reference: EagerRuntime, segment: Segment, memory: Memory) -> tuple[
     """Run the reference; return the results by module and operation, what the head yields, and the new states."""
     recorder = _Recorder()
     with recorder, _modules_followed(reference.step_module, recorder.modules):
-        session = Session(reference, segment.input_ids_BT.shape[0])
+        session = Session(reference, segment.input_ids_BT.shape[0], checked=False)
         session.memory = memory
         result = _own_step(session, segment)
     return recorder.results, result, session.memory.states

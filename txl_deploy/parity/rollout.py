@@ -185,7 +185,7 @@ def compare(
     field = receptive_field_segments(reference.info.config, reference.info.tgt_len)
     asked_at = segments_to_ask(len(segments), distribution_segments)
     asked = Asked(exact=unit == "word")
-    sessions = (Session(reference, batch_size), Session(candidate, batch_size))
+    sessions = (Session(reference, batch_size, checked=False), Session(candidate, batch_size, checked=False))
     parts: list[SegmentParity] = []
     totals = _Totals()
     worst, worst_at = 0.0, {"segment": 0, "stream": 0, "position" if unit == "token" else "word": 0}

@@ -103,9 +103,8 @@ class SegmentIterator:
         self._all_lengths_B = length_B
         self._length_B, self._start_B = length_B[chosen], start_B[chosen]
         self._shift_B = np.zeros_like(self._length_B) if shifts_B is None else np.asarray(shifts_B, dtype=np.int64)[chosen]
-        self._bounds = [*range(0, longest, tgt_len), longest if equal else -(-longest // tgt_len) * tgt_len]
-        if bounds is not None:
-            self._bounds = list(bounds)
+        self._bounds = None if bounds is None else list(bounds)  # a billion of them would be larger than the text
+        self._end = longest if equal else -(-longest // tgt_len) * tgt_len
         self.batch_size = len(self._length_B)
 
     @property
@@ -115,7 +114,7 @@ class SegmentIterator:
 
     def n_counted_in(self, index: int) -> int:
         """Number of targets in segment `index` over all streams, also those that are not read here."""
-        first, end = self._bounds[index], self._bounds[index + 1]
+        first, end = self._span(index)
         return int((self._all_lengths_B.clip(max=end) - first).clip(min=0).sum())
 
     @property
@@ -125,7 +124,7 @@ class SegmentIterator:
 
     def __len__(self) -> int:
         """Return the number of segments."""
-        return len(self._bounds) - 1
+        return -(-self._end // self.tgt_len) if self._bounds is None else len(self._bounds) - 1
 
     def __iter__(self) -> Iterator[Segment]:
         return map(self.segment, range(len(self)))
@@ -134,13 +133,19 @@ class SegmentIterator:
         """Return segment `index` (0..len-1); an `IndexError` outside."""
         if not 0 <= index < len(self):
             raise IndexError(f"There is no segment {index}: there are {len(self)}, from 0.")
-        first, end = self._bounds[index], self._bounds[index + 1]
+        first, end = self._span(index)
         offset_Q = np.arange(first - self.ext_len, end)
         exists_BQ = (offset_Q >= 0)[None, :] & (offset_Q[None, :] < self._length_B[:, None])
         input_ids_BQ = self._read(offset_Q, exists_BQ, 0)
         counted_BT = np.ascontiguousarray(exists_BQ[:, self.ext_len :])
         target_ids_BT = self._read(offset_Q[self.ext_len :], counted_BT, 1)
         return Segment(input_ids_BT=input_ids_BQ, target_ids_BT=target_ids_BT, counted_BT=counted_BT, index=index)
+
+    def _span(self, index: int) -> tuple[int, int]:
+        """Where segment `index` begins, and where it ends."""
+        if self._bounds is None:
+            return index * self.tgt_len, min((index + 1) * self.tgt_len, self._end)
+        return self._bounds[index], self._bounds[index + 1]
 
     def _read(self, offset_Q: npt.NDArray[np.int64], exists_BQ: npt.NDArray[np.bool_], ahead: int) -> npt.NDArray[np.int64]:
         """The tokens `ahead` positions after each offset into its stream, 0 where there is none."""
