@@ -175,8 +175,11 @@ def test_an_evicted_sequence_is_refused_and_its_place_is_a_cold_start(server, ru
         old = [stack.enter_context(client(server, model="forgetful", replay=False)) for _ in range(3)]
         for i, one in enumerate(old):
             one.score(input_ids=text(i, 25))
-        new = [stack.enter_context(client(server, model="forgetful", replay=False, timeout_s=30)) for _ in range(3)]
-        for i, one in enumerate(new):  # these wait until the others are forgotten
+        waiting = stack.enter_context(client(server, model="forgetful", replay=False))
+        scores = waiting.score(input_ids=text(9, 25), end=True)  # there is no place for it until the others are forgotten
+        np.testing.assert_allclose(scores.nll_N[1:], alone(runtime, text(9, 25)), atol=2e-6)
+        new = [stack.enter_context(client(server, model="forgetful", replay=False)) for _ in range(2)]
+        for i, one in enumerate(new):
             scores = one.score(input_ids=text(10 + i, 25))
             np.testing.assert_allclose(scores.nll_N[1:], alone(runtime, text(10 + i, 25)), atol=2e-6)
         for one in old:
