@@ -49,6 +49,10 @@ class Target:
     """Pieces that the format is made of."""
     kind: str = "bytes"
     """How inputs are changed: bytes, json or zip."""
+    opens: bool = True
+    """False where this machine refuses the valid file too, for want of a GPU."""
+    refuses: bool = True
+    """False where anything is taken, or made anew."""
 
 
 class Fault(Exception):
