@@ -16,6 +16,8 @@ import errno
 import hashlib
 import json
 import os
+import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,12 +143,25 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _unpickle(file: BinaryIO, path: Path) -> object:
+    _check_sizes(file, path)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what it raises for damaged files is documented nowhere: AssertionError and IndexError are among it
         raise CheckpointError(
             f"{path} holds something else than tensors and plain values; it was not read and none of its code was run.", remedy=_WRITE_AGAIN
         ) from error
+
+
+def _check_sizes(file: BinaryIO, path: Path) -> None:
+    """Refuse a file whose parts are compressed or claim more bytes than it has, before PyTorch unpacks them."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        parts = zipfile.ZipFile(file).infolist()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OSError, struct.error) as error:
+        raise CheckpointError(f"{path} is damaged: it is no zip file of PyTorch ({error}).", remedy=_WRITE_AGAIN) from error
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+        raise CheckpointError(f"{path} is refused: its parts are compressed, as no checkpoint's are.", remedy=_WRITE_AGAIN)
+    file.seek(0)
 
 
 def load_model(

@@ -326,6 +326,7 @@ TARGETS: dict[str, Target] = {
             lambda f: export(f, "onnx"),
             open_onnx,
             tokens=ONNX,
+            cost=10,
         ),
         *ARTIFACTS,
     )

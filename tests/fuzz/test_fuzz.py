@@ -16,7 +16,7 @@ from tests.fuzz.harness import LARGEST_BYTES, Fault, Target, fresh, inputs, limi
 from tests.fuzz.targets import TARGETS, checkpoint_mended, entry_mended
 from txl_train.data import idcache
 
-N_INPUTS = int(os.environ.get("TXL_FUZZ_INPUTS", "200"))
+N_INPUTS = int(os.environ.get("TXL_FUZZ_INPUTS", "100"))
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_a_damaged_file_is_read_or_refused_and_does_nothing_else(name: str, fold
     assert (run(target, folder, seeds[0]) == "read") == target.opens
     outcomes = set()
     with limited_memory(LARGEST_BYTES):
-        for number, data in enumerate(inputs(target, seeds, N_INPUTS if target.name != "onnx" else N_INPUTS // 10, seed=1)):
+        for number, data in enumerate(inputs(target, seeds, N_INPUTS // target.cost, seed=1)):
             try:
                 outcomes.add(run(target, folder, data))
             except Fault as fault:
