@@ -213,6 +213,7 @@ def write_record(folder: Path, name: str, result: dict[str, Any], environment: d
         "Faults:" if faults else "No faults.",
         *(["", *faults] if faults else []),
         "",
+        *(f"{name}: {one['note']}\n" for name, one in results.items() if "note" in one),
     ]
     path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
