@@ -21,7 +21,9 @@ from txl_deploy.bench.report.findings import Findings
 from txl_deploy.manifest import write_manifest
 from txl_train.checkpoint import load_model
 from txl_train.data import bpe
-from txl_train.errors import ArtifactError, CheckpointError, ConfigError, EnvironmentUnfitError, ManifestError
+from txl_train.data.archives import members
+from txl_train.data.prepared import read_info
+from txl_train.errors import ArtifactError, CheckpointError, ConfigError, DataError, EnvironmentUnfitError, ManifestError
 from txl_train.interop.safetensors import read_safetensors
 from txl_train.settings import resolve
 
@@ -168,6 +170,26 @@ def test_graphs_within_graphs_without_end_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(_field(7, content))
     with pytest.raises(ArtifactError, match="deep within each other"):
         claims.stored_matrices(tmp_path / "model.onnx")
+
+
+# --- archives and prepared folders
+
+
+def test_bzip2_within_a_zip_that_is_damaged_is_named(tmp_path: Path) -> None:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("train.txt", b"some words\n" * 500)
+    data = made.getvalue()
+    at = data.index(b"BZh") + 4
+    path = tmp_path / "archive.zip"
+    path.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+    with pytest.raises(DataError, match="damaged or incomplete"):
+        [list(member.blocks(1 << 20)) for member in members(path)]
+
+
+def test_what_is_said_of_a_prepared_folder_is_not_read_where_it_is_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "corpus.json").write_text("[" * 100_000)
+    assert read_info(tmp_path) is None
 
 
 # --- records and reports

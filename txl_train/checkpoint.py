@@ -281,7 +281,7 @@ def _checkpoint_from(payload: object, path: Path) -> Checkpoint:
             "vocabulary"
         ]  # as JSON: 268,000 strings of a pickle take a second to read; older files have the values themselves
         vocabulary = Vocabulary.from_dict(json.loads(written) if isinstance(written, str) else written)
-    except (TxlError, TypeError, ValueError, KeyError) as error:
+    except (TxlError, TypeError, ValueError, KeyError, RecursionError) as error:
         message = error.message if isinstance(error, TxlError) else f"its vocabulary is not understood ({error})."
         raise CheckpointError(f"{path}: {message}", remedy=_WRITE_AGAIN) from error
     return Checkpoint(

@@ -178,7 +178,7 @@ ARTIFACTS = (
         lambda f: open_artifact(f, threads=1),
         mend=document_mended,
         kind="json",
-        cost=10,
+        cost=20,
     ),
     Target("bench-training", "training_benchmark.json", _training_result, _read_training, kind="json"),
     Target("metrics", "metrics.jsonl", _metrics, lambda f: read_training(f / "metrics.jsonl"), tokens=_LINES),

@@ -326,7 +326,7 @@ TARGETS: dict[str, Target] = {
             lambda f: export(f, "onnx"),
             open_onnx,
             tokens=ONNX,
-            cost=10,
+            cost=20,
         ),
         *ARTIFACTS,
     )
