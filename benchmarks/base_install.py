@@ -25,12 +25,11 @@ HIDDEN = (
 )
 """Packages that come with an extra. PyTorch itself needs Jinja2, so that the report's lacks matplotlib alone after a true installation."""
 HIDE = f"""
-import sys
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {HIDDEN!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Hidden())
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None: None if name.partition(".")[0] in {HIDDEN!r} else find(name, path, target)
+)
 """
 WORKS, LACKS = True, False
 TRAIN = "train --config tiny --dataset pydoc --data data --work-dir run --max-step 2 --batch-size 4 --eval-interval 2"

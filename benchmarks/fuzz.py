@@ -142,6 +142,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         faults = outcomes.get("fault", 0) if result["inputs"] is not None else "crash"
         seconds = f"{result['seconds'] or 0:,.0f}"
         counts = [f"{n:,}" for n in (result["inputs"] or 0, outcomes.get("read", 0), refused)]
+        if sum(outcomes.values()) < (result["inputs"] or 0):  # it was stopped
+            counts[1:], seconds = ["not counted", "not counted"], "not counted"
         lines.append(f"| {' | '.join([name, *counts, str(faults), seconds, covered])} |")
     return "\n".join(lines)
 
@@ -209,6 +211,8 @@ def write_record(folder: Path, name: str, result: dict[str, Any], environment: d
         f"Figures: [{path.name}]({path.name}). What counts as a fault: tests/fuzz/harness.py.",
         "",
         table(results),
+        "",
+        f"Not run at length: {', '.join(name for name in order if name not in results) or 'none'}.",
         "",
         "Faults:" if faults else "No faults.",
         *(["", *faults] if faults else []),
