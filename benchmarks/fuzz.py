@@ -6,7 +6,7 @@
 
 What is read, and what counts as a fault, stands in tests/fuzz. Each reader has a process of its own, so that a crash of native code is
 found and the others go on. An input that makes a fault is kept in --corpus. Exit code 1 if there was one. Writes
-benchmarks/results/fuzz_<device>_<yyyymm>.json and .md.
+benchmarks/results/fuzz_<device>_<yyyymm>.json and .md; readers that were not run keep their rows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,11 @@ def fuzz_one(name: str, n_inputs: int, seconds: float, corpus: Path, report: Pat
         longest = 4 * max(len(data) for data in seeds) + 4096
         options = [f"-max_len={longest}", f"-seed={seed}", "-timeout=60", "-rss_limit_mb=8192", "-runs=-1", str(corpus)]
         atheris.Setup([sys.argv[0], *options], one, custom_mutator=mutator)
-        atheris.Fuzz()
+        try:
+            atheris.Fuzz()
+        except BaseException:  # an error of this script: libFuzzer's way out of it would wait for ever
+            traceback.print_exc()
+            os._exit(1)
 
 
 def run_target(name: str, options: argparse.Namespace, guided: bool) -> dict[str, Any]:
@@ -105,16 +110,20 @@ def run_target(name: str, options: argparse.Namespace, guided: bool) -> dict[str
     report.unlink(missing_ok=True)
     command = [sys.executable, __file__, name, "--one", "--inputs", str(options.inputs), "--seconds", str(options.seconds)]
     command += ["--seed", str(options.seed), "--corpus", str(options.corpus), *([] if guided else ["--blind"])]
-    done = subprocess.run(
-        command, env=child_environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, errors="replace", check=False
-    )
+    with (corpus / "stderr").open("wb") as errors:
+        process = subprocess.Popen(command, env=child_environment(OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            status: object = process.wait(options.seconds + 300)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = "none: it hung"
+    told = (corpus / "stderr").read_text(errors="replace")
     if report.exists():
         result: dict[str, Any] = json.loads(report.read_text())
     else:
-        crash = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        result = {"inputs": None, "seconds": None, "outcomes": {}, "faults": {"crash": f"exit status {done.returncode}: {crash}"}}
-        (corpus / "stderr").write_text(done.stderr)
-    covered = [int(text) for text in re.findall(r"cov: (\d+)", done.stderr)]
+        crash = (told.strip().splitlines() or ["no message"])[-1]
+        result = {"inputs": None, "seconds": None, "outcomes": {}, "faults": {"crash": f"exit status {status}: {crash}"}}
+    covered = [int(text) for text in re.findall(r"cov: (\d+)", told)]
     result["coverage"] = [covered[0], covered[-1]] if covered else None
     print(f"{name:22} {result['inputs'] or 0:>8} inputs  {result['outcomes']}  {'; '.join(result['faults'].values())[:300]}", flush=True)
     return result
@@ -133,6 +142,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         faults = outcomes.get("fault", 0) if result["inputs"] is not None else "crash"
         seconds = f"{result['seconds'] or 0:,.0f}"
         counts = [f"{n:,}" for n in (result["inputs"] or 0, outcomes.get("read", 0), refused)]
+        if sum(outcomes.values()) < (result["inputs"] or 0):  # it was stopped
+            counts[1:], seconds = ["not counted", "not counted"], "not counted"
         lines.append(f"| {' | '.join([name, *counts, str(faults), seconds, covered])} |")
     return "\n".join(lines)
 
@@ -164,37 +175,51 @@ def main() -> int:
     if unknown:
         parser.error(f"there is no reader {', '.join(unknown)}; there are {', '.join(TARGETS)}")
     names = options.targets or list(TARGETS)
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        results = dict(zip(names, pool.map(lambda name: run_target(name, options, guided), names)))
+    guide = f"guided by coverage (atheris {importlib.metadata.version('atheris')})" if guided else "without coverage"
     environment = describe_environment()
-    now = datetime.datetime.now(datetime.timezone.utc)
-    command = f"benchmarks/fuzz.py --inputs {options.inputs} --seconds {options.seconds:g} --seed {options.seed}"
-    document = {
-        "theme": "fuzz",
-        "time_utc": now.isoformat(timespec="seconds"),
-        "command": " ".join([command, *options.targets]),
-        "guided_by": f"atheris {importlib.metadata.version('atheris')}" if guided else None,
-        "environment": environment,
-        "results": without_folders(results),
-    }
-    path = options.out / f"fuzz_{device_slug(None, environment['cores'])}_{now:%Y%m}.json"
+    n_faults = 0
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        waiting = {pool.submit(run_target, name, options, guided): name for name in names}
+        for done in concurrent.futures.as_completed(waiting):
+            result = {**done.result(), "seed": options.seed, "guide": guide, "time_utc": f"{utc_now():%Y-%m-%dT%H:%M:%S+00:00}"}
+            n_faults += len(result["faults"])
+            write_record(options.out, waiting[done], result, environment, list(TARGETS))
+    return 1 if n_faults else 0
+
+
+def utc_now() -> datetime.datetime:
+    """Return the time."""
+    return datetime.datetime.now(datetime.timezone.utc)
+
+
+def write_record(folder: Path, name: str, result: dict[str, Any], environment: dict[str, Any], order: list[str]) -> None:
+    """Put what came of one reader into the record, in place of what is there of it."""
+    now = utc_now()
+    path = folder / f"fuzz_{device_slug(None, environment['cores'])}_{now:%Y%m}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
+    found[name] = without_folders(result)
+    results = {name: found[name] for name in order if name in found}
+    document = {"theme": "fuzz", "time_utc": now.isoformat(timespec="seconds"), "environment": environment, "results": results}
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    faults = [f"- {name}: {text}" for name, result in document["results"].items() for text in result["faults"].values()]
-    guide = "guided by coverage (atheris)" if guided else "without coverage"
-    text = [
+    faults = [f"- {name}: {text}" for name, one in results.items() for text in one["faults"].values()]
+    lines = [
         f"# Damaged and hostile files, {now:%Y-%m-%d}",
         "",
-        f"`{document['command']}`, {guide}. Figures: [{path.name}]({path.name}). What counts as a fault: tests/fuzz/harness.py.",
+        f"`benchmarks/fuzz.py`, {', '.join(sorted({one['guide'] for one in results.values()}))}, on {environment['cores']} cores,",
+        "shared with other work. A reader that is run again replaces its row.",
+        f"Figures: [{path.name}]({path.name}). What counts as a fault: tests/fuzz/harness.py.",
         "",
         table(results),
+        "",
+        f"Not run at length: {', '.join(name for name in order if name not in results) or 'none'}.",
         "",
         "Faults:" if faults else "No faults.",
         *(["", *faults] if faults else []),
         "",
+        *(f"{name}: {one['note']}\n" for name, one in results.items() if "note" in one),
     ]
-    path.with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
-    return 1 if faults else 0
+    path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,19 @@ def read_workload(path: Path) -> Workload:
     if not path.is_file():
         known = sorted(file.stem for file in path.parent.glob("*.yaml"))
         raise ConfigError(f"There is no workload {path.stem}.{nearest(path.stem, known)}", remedy=f"There is {', '.join(known)}.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path.name} is no valid YAML: {error!r:.200}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.name} must be made of `key: value` lines.")
+    try:
+        return _workload_of(values, path)
+    except (TypeError, KeyError, AttributeError) as error:  # a value of another type than it should be
+        raise ConfigError(f"{path.name} is no workload: {error!r:.200}.") from error
+
+
+def _workload_of(values: dict[str, Any], path: Path) -> Workload:
     for key, names in ALLOWED.items():
         named = values.get(key, [])
         for name in [named] if isinstance(named, str) else named:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -209,7 +210,21 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 # What an ONNX file stores, read without loading it: fields of protobuf messages, by the numbers that onnx.proto gives them.
 
-_GRAPH, _INITIALIZER, _DIMS, _DATA_TYPE, _EXTERNAL_DATA = 7, 5, 1, 2, 13
+_DIMS, _DATA_TYPE, _EXTERNAL_DATA = 1, 2, 13
+_INITIALIZER = ("model", 7, 5)
+"""Where a graph's weights stand; tensors elsewhere are constants of nodes."""
+_WITHIN: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "function": {7: "node", 11: "attribute"},
+    "training": {1: "graph", 2: "graph"},
+}
+"""The messages in which tensors can stand, and what each of their fields holds."""
+_DEEPEST = 100
+"""Messages within each other; graphs hold nodes that hold graphs."""
 _ONNX_TYPES = {1: "float32", 3: "int8", 10: "float16", 11: "float64", 16: "bfloat16"}
 
 
@@ -219,39 +234,54 @@ def stored_matrices(path: Path) -> dict[str, int]:
     Raises:
         ArtifactError: it is no ONNX file.
     """
-    return count_matrices([(dtype, axes) for dtype, axes, _ in _initializers(path)])
+    return count_matrices([(tensor.dtype, tensor.axes) for tensor in _tensors(path) if tensor.place == _INITIALIZER])
 
 
 def check_external_files(path: Path, manifest: Manifest) -> None:
-    """Make sure that an ONNX file takes weights from no other files than those the manifest lists, and so has checksums of.
+    """Make sure that an ONNX file takes tensors from no other files than those the manifest lists, and so has checksums of: neither
+    weights, nor constants of nodes, nor what stands in the graphs within nodes.
 
     Raises:
         ManifestError: it names another one.
         ArtifactError: it is no ONNX file.
     """
-    strangers = sorted({location for *_, location in _initializers(path) if location and location not in manifest.files})
+    strangers = sorted({location for tensor in _tensors(path) for location in tensor.locations if location not in manifest.files})
     if strangers:
         raise ManifestError(f"{path} takes weights from {strangers[0]}, which its manifest does not list.", remedy=_REMEDY)
 
 
-def _initializers(path: Path) -> list[tuple[str, int, str]]:
-    """Return type, number of axes and file (empty: the graph itself) of each weight of an ONNX file."""
-    found: list[tuple[str, int, str]] = []
+@dataclass(frozen=True)
+class _Tensor:
+    place: tuple[str | int, ...]
+    """The file's message, and the numbers of the fields that lead to it."""
+    dtype: str
+    axes: int
+    locations: tuple[str, ...]
+    """Files that its values lie in; a reader takes the last one, and it has no more than one."""
+
+
+def _tensors(path: Path) -> list[_Tensor]:
+    """Return every tensor of an ONNX file; their values are skipped."""
     try:
         with path.open("rb") as file:
-            for field, end in _fields(file, path.stat().st_size):
-                if field == _GRAPH:
-                    for inner, inner_end in _fields(file, end):
-                        if inner == _INITIALIZER:
-                            found.append(_tensor(file, inner_end))
+            return list(_tensors_within(file, path.stat().st_size, "model", ("model",)))
     except (EOFError, ValueError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read as ONNX: {error}.", remedy=_REMEDY) from error
-    return found
 
 
-def _tensor(file: BinaryIO, end: int) -> tuple[str, int, str]:
-    """Return type, number of axes and file of one TensorProto."""
-    axes, dtype, location = 0, 0, ""
+def _tensors_within(file: BinaryIO, end: int, message: str, place: tuple[str | int, ...]) -> Iterator[_Tensor]:
+    if len(place) > _DEEPEST:
+        raise ValueError(f"its messages lie more than {_DEEPEST} deep within each other")
+    for field, stop in _fields(file, end):
+        inner = _WITHIN[message].get(field)
+        if inner == "tensor":
+            yield _tensor(file, stop, (*place, field))
+        elif inner is not None:
+            yield from _tensors_within(file, stop, inner, (*place, field))
+
+
+def _tensor(file: BinaryIO, end: int, place: tuple[str | int, ...]) -> _Tensor:
+    axes, dtype, locations = 0, 0, []
     for field, value_end in _fields(file, end):
         if field == _DATA_TYPE:
             dtype = _varint(file)
@@ -261,8 +291,9 @@ def _tensor(file: BinaryIO, end: int) -> tuple[str, int, str]:
                 axes += 1
         elif field == _EXTERNAL_DATA:
             entry = {key: file.read(stop - file.tell()).decode() for key, stop in _fields(file, value_end)}
-            location = entry.get(2, "") if entry.get(1) == "location" else location
-    return _ONNX_TYPES.get(dtype, ""), axes, location
+            if entry.get(1) == "location":
+                locations.append(entry.get(2, ""))
+    return _Tensor(place, _ONNX_TYPES.get(dtype, ""), axes, tuple(locations))
 
 
 def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,7 @@ defines its class.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -98,5 +99,10 @@ def _dataclass_from_plain(expected: type, value: Any, where: str, error: type[Ar
     for name in fields:
         if name not in value:
             raise error(f"`{prefix}{name}` is missing.")
-    types = get_type_hints(expected)
+    types = _type_hints(expected)
     return expected(**{name: from_plain(types[name], value[name], prefix + name, error) for name in fields})
+
+
+@functools.cache
+def _type_hints(expected: type) -> dict[str, Any]:
+    return get_type_hints(expected)

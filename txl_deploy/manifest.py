@@ -435,6 +435,7 @@ def _check_file_name(name: str) -> None:
         or "\\" in name
         or ":" in name
         or "\0" in name
+        or "*" in name  # ONNX Runtime takes a file named */_ORT_MEM_ADDR_/* for an address in memory
         or name != str(path)
         or name in (".", FILE_NAME)
     ):

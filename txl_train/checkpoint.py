@@ -15,6 +15,8 @@ import errno
 import hashlib
 import json
 import os
+import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +138,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _unpickle(file: BinaryIO, path: Path) -> object:
+    _check_sizes(file, path)
     try:
         with told_when_memory_runs_out(LOADING, doing=f"when {path} was read"):
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -145,6 +148,18 @@ def _unpickle(file: BinaryIO, path: Path) -> object:
         raise CheckpointError(
             f"{path} holds something else than tensors and plain values; it was not read and none of its code was run.", remedy=_WRITE_AGAIN
         ) from error
+
+
+def _check_sizes(file: BinaryIO, path: Path) -> None:
+    """Refuse a file whose parts are compressed or claim more bytes than it has, before PyTorch unpacks them."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        parts = zipfile.ZipFile(file).infolist()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OSError, struct.error) as error:
+        raise CheckpointError(f"{path} is damaged: it is no zip file of PyTorch ({error}).", remedy=_WRITE_AGAIN) from error
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+        raise CheckpointError(f"{path} is refused: its parts are compressed, as no checkpoint's are.", remedy=_WRITE_AGAIN)
+    file.seek(0)
 
 
 def load_model(
@@ -262,7 +277,7 @@ def _checkpoint_from(payload: object, path: Path) -> Checkpoint:
             "vocabulary"
         ]  # as JSON: 268,000 strings of a pickle take a second to read; older files have the values themselves
         vocabulary = Vocabulary.from_dict(json.loads(written) if isinstance(written, str) else written)
-    except (TxlError, TypeError, ValueError, KeyError) as error:
+    except (TxlError, TypeError, ValueError, KeyError, RecursionError) as error:
         message = error.message if isinstance(error, TxlError) else f"its vocabulary is not understood ({error})."
         raise CheckpointError(f"{path}: {message}", remedy=_WRITE_AGAIN) from error
     return Checkpoint(

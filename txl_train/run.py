@@ -367,7 +367,7 @@ def open_corpus(config: DataConfig, work_dir: Path, compat: Compat | None = None
 
 def _check_prepared_for(folder: Path, dataset: str) -> None:
     """Note where `txl data prepare` made the folder for another data set than the one it is read as."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
         made_for = json.loads((folder / "corpus.json").read_text(encoding="utf-8")).get("dataset")
         if isinstance(made_for, str) and made_for != dataset:
             log.warning("%s was prepared as data set %s, and is read as %s.", folder, made_for, dataset)

@@ -354,12 +354,13 @@ def _from_yaml(text: str, source: str, *, lines: bool = True) -> dict[str, Setti
 
     settings: dict[str, Setting] = {}
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        root, values = _composed(text, source)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = source if mark is None else f"{source}:{mark.line + 1}"
         raise ConfigError(f"{where}: this is no valid YAML: {getattr(error, 'problem', None) or error}.") from error
+    except (ValueError, AttributeError, KeyError, TypeError) as error:  # what PyYAML raises for impossible dates, numbers and tags
+        raise ConfigError(f"{source}: this is no valid YAML: {error!r:.200}.") from error
     if root is None:
         return settings
     for section, section_key, section_node in entries(root, "a config file"):
@@ -379,6 +380,43 @@ def _from_yaml(text: str, source: str, *, lines: bool = True) -> dict[str, Setti
                 raise ConfigError(f"{place(key_node)}: {error.message}", remedy=error.remedy) from None
             settings[name] = Setting(values[section][key], place(key_node) if lines else source)
     return settings
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML whose size is what it looks like: without aliases, nine of which can stand for gigabytes, and not nested without end."""
+
+    source = ""
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        where = f"{self.source}:{event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{where}: a config file repeats nothing by an alias (`*{event.anchor}`).", remedy="Write the value itself.")
+        if self.depth > _DEEPEST_YAML:
+            raise ConfigError(f"{where}: a config file has no values more than {_DEEPEST_YAML} deep within each other.")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+_DEEPEST_YAML = 20
+_LARGEST_YAML = 1 << 20
+"""Characters of a config file."""
+
+
+def _composed(text: str, source: str) -> tuple[yaml.Node | None, Any]:
+    """Return the nodes of a document, which know their lines, and its values."""
+    if len(text) > _LARGEST_YAML:
+        raise ConfigError(f"{source} has {len(text):,} characters, as no config file has.")
+    loader = _PlainLoader(text)
+    loader.source = source
+    try:
+        root = loader.get_single_node()
+        return root, None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Setting]:

@@ -25,7 +25,7 @@ from typing import Any
 from txl_train.errors import TxlError
 
 LONGEST_SECONDS = 20
-"""What one input may take."""
+"""Processor time that one input may take; what waits for something may take ten times as long."""
 LARGEST_BYTES = 3 << 30
 """Address space that a reader may take on top of what the process has."""
 
@@ -49,6 +49,12 @@ class Target:
     """Pieces that the format is made of."""
     kind: str = "bytes"
     """How inputs are changed: bytes, json or zip."""
+    opens: bool = True
+    """False where this machine refuses the valid file too, for want of a GPU."""
+    cost: int = 1
+    """How many times less is tried in a short run."""
+    refuses: bool = True
+    """False where anything is taken, or made anew."""
 
 
 class Fault(Exception):
@@ -127,13 +133,16 @@ def limited_time(seconds: int) -> Iterator[None]:
     def ring(number: int, frame: FrameType | None) -> None:
         raise Fault(f"a hang: more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
+    clocks = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, 10 * seconds))
+    before = [signal.signal(number, ring) for number, _, _ in clocks]
+    for _, clock, limit in clocks:
+        signal.setitimer(clock, limit)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, clock, _), handler in zip(clocks, before):
+            signal.setitimer(clock, 0)
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

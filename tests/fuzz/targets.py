@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,16 +18,14 @@ import numpy as np
 from tests.deploy.bench.samples import result_of, rows_of
 from tests.deploy.test_manifest import MANIFEST
 from tests.deploy.test_receipt import receipt
+from tests.fuzz.artifacts import ARTIFACTS, CONFIG, ONNX, document_mended, export, open_onnx
 from tests.fuzz.harness import Target
 from tests.reference.naive_txl import random_parameters
-from tests.support import small_config, write_checkpoint, write_corpus
+from tests.support import write_checkpoint
 from tests.train.interop.foreign_files import write_huggingface, write_kimiyoung, write_nvidia, write_vocab_pkl
-from txl_deploy import documents
 from txl_deploy.bench.result import BenchResult
-from txl_deploy.export.artifact import ExportRequest, export_artifact
-from txl_deploy.manifest import read_manifest, verify, write_manifest
+from txl_deploy.manifest import verify, write_manifest
 from txl_deploy.receipt import Receipt
-from txl_deploy.runtimes.registry import open_artifact
 from txl_train.checkpoint import load_model
 from txl_train.data import idcache
 from txl_train.data.archives import members
@@ -42,7 +39,6 @@ from txl_train.interop.safetensors import read_safetensors
 from txl_train.interop.vocabularies import read_symbols
 from txl_train.settings import resolve
 
-CONFIG = small_config(cutoffs=(5, 9, 16), div_val=1)
 _PICKLE = (
     b"\x80\x02",
     b"c__builtin__\neval\n",
@@ -88,6 +84,9 @@ _YAML = (
     b".nan",
     b".inf",
     b"1e999",
+    b"2001-99-99",
+    b"9" * 5000,
+    b"[" * 3000,
     b"'",
     b'"',
 )
@@ -105,14 +104,6 @@ def checkpoint_mended(data: bytes) -> bytes:
     digest = hashlib.sha256(body + b"\0\0").hexdigest().encode()
     comment = data[len(data) - length :][: length - 64] + digest
     return body + len(comment).to_bytes(2, "little") + comment
-
-
-def document_mended(data: bytes) -> bytes:
-    """Return a manifest or a receipt with the checksum of its content."""
-    document = json.loads(data)
-    document.pop("sha256", None)
-    document["sha256"] = documents.content_sha256(document)
-    return json.dumps(document).encode()
 
 
 def vocabulary_mended(data: bytes) -> bytes:
@@ -162,16 +153,6 @@ def _huggingface(folder: Path, *, form: Any) -> None:
 def _manifest(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(b"graph")
     write_manifest(folder, MANIFEST, ["model.onnx"])
-
-
-def _onnx(folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(scratch) / "checkpoint.pt"
-        data = write_corpus(Path(scratch) / "data", CONFIG.vocab_size)
-        write_checkpoint(checkpoint, CONFIG, data=data)
-        export_artifact(ExportRequest(checkpoint=checkpoint, out=Path(scratch) / "onnx", format="onnx"))
-        for path in (Path(scratch) / "onnx").iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
 
 
 def _vocabulary(folder: Path) -> None:
@@ -241,7 +222,7 @@ def _import(source: str, vocabulary: str | None = None) -> Any:
 def _read_members(folder: Path) -> int:
     n_bytes = 0
     for member in members(folder / "archive"):
-        n_bytes += sum(len(block) for block in member.blocks(1 << 24))
+        n_bytes += sum(len(block) for block in member.blocks(1 << 21))
     return n_bytes
 
 
@@ -250,13 +231,6 @@ def _prepare(folder: Path) -> object:
     for path in made.glob("*") if made.is_dir() else ():
         path.unlink()
     return prepare("wt103", made, folder / "archive")
-
-
-def _open_onnx(folder: Path) -> object:
-    """Open a graph whose manifest somebody has made fit it."""
-    manifest = read_manifest(folder)
-    write_manifest(folder, manifest, list(manifest.files))
-    return open_artifact(folder, threads=1).info
 
 
 def _load_text(folder: Path) -> object:
@@ -274,7 +248,7 @@ def _read_receipt(folder: Path) -> object:
 
 
 def _result(folder: Path) -> None:
-    result_of(rows_of((1, 2))).write(folder / "benchmark.json")
+    result_of(rows_of((1,), n=8)).write(folder / "benchmark.json")
 
 
 def _receipt(folder: Path) -> None:
@@ -282,7 +256,7 @@ def _receipt(folder: Path) -> None:
 
 
 _BOMB = b"model:\n" + b"".join(b"  x%d: &x%d [%s]\n" % (i, i, b",".join([b"*x%d" % (i - 1)] * 9) if i else b"1") for i in range(9))
-_GZIP_BOMB = gzip.compress(bytes(1 << 26))
+_GZIP_BOMB = gzip.compress(bytes(1 << 22))
 
 
 TARGETS: dict[str, Target] = {
@@ -343,15 +317,17 @@ TARGETS: dict[str, Target] = {
         Target("archive-zip", "archive", functools.partial(_archive, kind="zip"), _read_members, kind="zip"),
         Target("archive-tar", "archive", functools.partial(_archive, kind="tar"), _read_members, seeds=(_GZIP_BOMB,)),
         Target("prepare", "archive", functools.partial(_archive, kind="zip"), _prepare, kind="zip"),
-        Target("id-cache", "ids.bin", _entry, lambda f: idcache.open_entry(f / "ids.bin", _KEY), mend=entry_mended),
-        Target("corpus-info", "made/corpus.json", _info, lambda f: read_info(f / "made"), kind="json"),
+        Target("id-cache", "ids.bin", _entry, lambda f: idcache.open_entry(f / "ids.bin", _KEY), mend=entry_mended, refuses=False),
+        Target("corpus-info", "made/corpus.json", _info, lambda f: read_info(f / "made"), kind="json", refuses=False),
         Target("text", "train.txt", _text, _load_text, tokens=(b"\x00", b"\xff\xfe", b"\r", b"\n", b"\xe2\x80\xa8", b"<unk>", b"<eos>")),
         Target(
             "onnx",
             "model.onnx",
-            _onnx,
-            _open_onnx,
-            tokens=(b"location", b"../../etc/passwd", b"/etc/passwd", b"external", b"\xff\xff\xff\x7f"),
+            lambda f: export(f, "onnx"),
+            open_onnx,
+            tokens=ONNX,
+            cost=20,
         ),
+        *ARTIFACTS,
     )
 }

@@ -227,7 +227,7 @@ class TrainingResult:
             result: TrainingResult = from_plain(cls, document)
             for row in result.rows:
                 row.check()
-        except (ArtifactError, ValueError) as error:
+        except (ArtifactError, ValueError, OverflowError, ZeroDivisionError) as error:
             reason = error.message if isinstance(error, ArtifactError) else str(error)
             raise ArtifactError(f"The result file {path} is damaged: {reason.rstrip('.')}.", remedy=_REMEDY) from error
         return result

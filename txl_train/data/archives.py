@@ -84,7 +84,9 @@ def translated(source: Path) -> Iterator[None]:
     """Turn what the standard library says of a damaged archive into a `DataError`."""
     try:
         yield
-    except _DAMAGE as error:
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, gzip.BadGzipFile):
+            raise  # the disk's, not the archive's: bzip2 calls damage an OSError too, but one without a number
         raise DataError(
             f"{source} is damaged or incomplete: {error}.", remedy="Download or copy it again, and compare its size with the original's."
         ) from error

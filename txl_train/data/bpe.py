@@ -15,10 +15,13 @@ import importlib
 import re
 from collections.abc import Callable, Iterable
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from txl_train.data.vocabulary import Vocabulary
 from txl_train.errors import EnvironmentUnfitError
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 SIZE = 50_257
@@ -78,7 +81,15 @@ _WRITTEN = {value: chr(value) if place < _N_PRINTED else chr(256 + place - _N_PR
 
 @functools.cache
 def _merges() -> tuple[tuple[str, str], ...]:
-    content = resources.files("txl_train.data").joinpath("gpt2", "vocab.bpe").read_bytes()
+    return read_merges(resources.files("txl_train.data").joinpath("gpt2", "vocab.bpe"))
+
+
+def read_merges(file: Traversable) -> tuple[tuple[str, str], ...]:
+    """Return GPT-2's merges; an `EnvironmentUnfitError` where the file is gone, or a byte of it is another one."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise EnvironmentUnfitError(f"GPT-2's merges cannot be read: {error}.", remedy="Install txl again.") from error
     if hashlib.sha256(content).hexdigest() != MERGES_SHA256:
         raise EnvironmentUnfitError(
             "GPT-2's merges (txl_train/data/gpt2/vocab.bpe) are not as they were when txl was installed: their sha256 is another.",

@@ -88,7 +88,7 @@ def read_info(directory: Path) -> Prepared | None:
             files=values["files"],
             complete=values["complete"],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -253,7 +253,7 @@ def _is_ours(directory: Path) -> bool:
     """True if corpus.json says that this module wrote the folder's files, be they still whole or not."""
     try:
         return "rules_version" in json.loads((directory / INFO_FILE).read_bytes())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -268,7 +268,7 @@ def read_info(directory: Path) -> BuildInfo | None:
             if hashlib.sha256((directory / name).read_bytes()).hexdigest() != splits[split].sha256:
                 return None
         return BuildInfo(directory=directory, python_version=values["python_version"], splits=splits)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from txl_deploy.bench.compare import SCHEMA as COMPARISON_SCHEMA
 from txl_deploy.bench.report.series import RUNTIME_TITLES
@@ -162,7 +163,7 @@ def _kind(path: Path) -> str:
         return "metrics"
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return "benchmark"
     document = document if isinstance(document, dict) else {}
     by_schema = {"txl.training_benchmark": "training", "txl.receipt": "receipt", COMPARISON_SCHEMA: "comparison"}
@@ -194,32 +195,50 @@ def read_training(path: Path) -> Training | None:
             step = record.get("step")
             in_bits = in_bits or "bits_per_char" in record
             loss = record.get("loss_nats_per_token") if record.get("kind") == "train" else record.get("nll_nats_per_token")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             if number == len(lines):
                 break
             raise ArtifactError(f"Line {number} of {path} is no JSON object.", remedy="Name another file with `--metrics FILE`.") from error
-        if not isinstance(step, int) or not isinstance(loss, (int, float)) or not math.isfinite(loss):
+        if not isinstance(step, int) or not _is_number(loss):
             continue
-        if record["kind"] == "train":
+        if record.get("kind") == "train":
             train = {s: v for s, v in train.items() if s < step} | {step: float(loss)}
-            seconds = record["train_seconds"] if isinstance(record.get("train_seconds"), (int, float)) else seconds
-        elif record["kind"] == "valid":
+            seconds = record["train_seconds"] if _is_number(record.get("train_seconds")) else seconds
+        elif record.get("kind") == "valid":
             valid = {s: v for s, v in valid.items() if s < step} | {step: float(loss)}
-        elif record["kind"] == "test":
+        elif record.get("kind") == "test":
             test = (step, float(loss))
     if not train and not valid:
         return None
     return Training(list(train.items()), list(valid.items()), test, in_bits, seconds)
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    """True for a number that is finite as a float."""
+    return isinstance(value, (int, float)) and -_LARGEST < value < _LARGEST
+
+
+_LARGEST = sys.float_info.max
+
+
 def _read_object(path: Path) -> Mapping[str, Any]:
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}.", remedy="Remove it, or make it again.") from error
     if not isinstance(document, dict):
         raise ArtifactError(f"{path} holds no JSON object.", remedy="Remove it, or make it again.")
+    if _is_deeper(document, _DEEPEST):
+        raise ArtifactError(f"{path} holds values more than {_DEEPEST} deep within each other.", remedy="Remove it, or make it again.")
     return document
+
+
+_DEEPEST = 50
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inner) and (levels == 0 or any(_is_deeper(item, levels - 1) for item in inner))
 
 
 @dataclass(frozen=True)
@@ -241,7 +260,7 @@ def scores(found: Findings) -> list[Score]:
     listed = []
     for name, document in named:
         value, n_tokens = document.get("perplexity"), document.get("n_tokens")
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1 <= value < math.inf:
+        if not _is_number(value) or isinstance(value, bool) or value < 1:
             continue
         lengths = [f"{label} {document[key]}" for key, label in _EVALUATION_DETAILS if document.get(key) is not None]
         split = document.get("split")
@@ -287,7 +306,7 @@ def flat_facts(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, A
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             facts += flat_facts(value, f"{name}: ")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
             for i, item in enumerate(value, start=1):
                 facts += flat_facts(item, f"{name} {i}: ")
         elif value is not None and value != []:
