@@ -78,7 +78,7 @@ def alone(target: Target, streams: Streams, turns: int) -> dict[str, Any]:
             begun = time.perf_counter()
             (here,) = streams.score([(stream, part)])
             middle = time.perf_counter()
-            there = client.score(input_ids=part).nll_N
+            there = client.score(input_ids=part, end=turn == turns + WARM_UP - 1).nll_N
             ended = time.perf_counter()
             difference = max(difference, float(np.abs(here - there).max()))
             if turn >= WARM_UP:
@@ -104,7 +104,7 @@ def open_loop(target: Target, *, rate: float, seconds: float, sequences: int, se
     per_sequence = -(-len(due) // sequences)
     ids = texts(target, sequences, per_sequence, seed)
     clients = [SequenceClient(target.url, protocol="grpc", model=target.model, replay=False) for _ in range(sequences)]
-    locks = [threading.Lock() for _ in clients]
+    turns = [_Turns() for _ in clients]
     latencies = np.full(len(due), np.nan)
     failures: Counter[str] = Counter()
     for client, text in zip(clients, ids):
@@ -113,8 +113,8 @@ def open_loop(target: Target, *, rate: float, seconds: float, sequences: int, se
 
     def send(number: int) -> None:
         which, turn = number % sequences, number // sequences
-        with locks[which]:  # a sequence's requests are in order
-            part = ids[which][1 + turn * target.tgt_len : 1 + (turn + 1) * target.tgt_len]
+        part = ids[which][1 + turn * target.tgt_len : 1 + (turn + 1) * target.tgt_len]
+        with turns[which].at(turn):
             try:
                 clients[which].score(input_ids=part, end=number + sequences >= len(due))
             except TxlError as error:
@@ -132,7 +132,10 @@ def open_loop(target: Target, *, rate: float, seconds: float, sequences: int, se
         for future in waiting:
             future.result()
     took = time.perf_counter() - begun
-    for client in clients:
+    for which, client in enumerate(clients):
+        if which >= len(due):  # nothing was due
+            with contextlib.suppress(TxlError):
+                client.score(input_ids=ids[which][1:2], end=True)
         client.close()
     answered = latencies[np.isfinite(latencies)]
     return {
@@ -147,6 +150,26 @@ def open_loop(target: Target, *, rate: float, seconds: float, sequences: int, se
         "latencies_ms": [round(float(value), 4) for value in answered],
         "summary": LatencySummary.of(answered, PERCENTILES).to_row() if len(answered) else {},
     }
+
+
+class _Turns:
+    """Lets the requests of one sequence go in their order, whichever thread has them."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def at(self, turn: int) -> Iterator[None]:
+        """Wait for this turn, and end it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next == turn)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._next = turn + 1
+                self._changed.notify_all()
 
 
 @contextlib.contextmanager
@@ -179,9 +202,9 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "# Serving on Triton Inference Server",
         "",
-        f"`{record['command']}`, {record['date']}, {record['threads']} threads each for",
-        f"server and session; model of {record['parameters']:,} parameters (checkpoint sha256 {record['checkpoint_sha256'][:12]}…), ",
-        f"segments of {record['tgt_len']} tokens, gRPC on loopback. The client runs on the same cores. Raw samples: the JSON beside this.",
+        f"`{record['command']}`, {record['date']}. Model of {record['parameters']:,} parameters (checkpoint sha256 "
+        f"{record['checkpoint_sha256'][:12]}…), segments of {record['tgt_len']} tokens, gRPC; {record['server']}. "
+        "Raw samples: the JSON beside this.",
         "",
         f"**One sequence, by turns** (n = {one['n']}): the server adds {one['added_ms_p50']:.2f} ms to a step (median of differences), "
         f"{one['ratio_p50']:.2f} times its latency (95 %: {low:.2f} to {high:.2f}).",
@@ -194,7 +217,7 @@ def table(record: dict[str, Any]) -> str:
             for name, row in rows.items()
         ),
         "",
-        f"**Open loop**: Poisson arrivals, {record['sequences']} sequences, {record['max_batch_size']} of them step together at most; ",
+        f"**Open loop**: Poisson arrivals, {record['sequences']} sequences; "
         "latency from the moment a request was due. An interval is of 95 %; none where the samples are too few or too alike.",
         "",
         "| requests/s asked | answered/s | tokens/s | n | failed | p50 ms | p95 ms | p99 ms (95 %) | max ms |",
@@ -202,6 +225,9 @@ def table(record: dict[str, Any]) -> str:
     ]
     for load in record["loads"]:
         row = load["summary"]
+        if not row:
+            lines.append(f"| {load['rate_asked']:g} | 0 | 0 | 0 | {sum(load['failures'].values())} | | | | |")
+            continue
         summary = LatencySummary.of(load["latencies_ms"], PERCENTILES)
         interval = summary.interval_ms(99)
         shown = "" if interval is None else f" ({interval[0]:.1f} to {interval[1]:.1f})"
@@ -260,7 +286,7 @@ def main() -> int:
             "mem_len": info.mem_len,
             "threads": arguments.threads,
             "sequences": arguments.sequences,
-            "max_batch_size": arguments.max_batch_size,
+            "server": _server_told(arguments),
             "alone": one,
             "loads": loads,
         }
@@ -273,6 +299,15 @@ def main() -> int:
     path.with_suffix(".md").write_text(table(record), encoding="utf-8")
     print(table(record))
     return 1 if any(load["failures"] for load in loads) else 0
+
+
+def _server_told(arguments: argparse.Namespace) -> str:
+    if arguments.url:
+        return f"the server at {arguments.url}, whose settings are not known here"
+    threads, most = arguments.threads, arguments.max_batch_size
+    return (
+        f"a server on loopback, one instance of {threads} threads, up to {most} sequences in a step; client and session on the same cores"
+    )
 
 
 def _parameters(artifact: Path) -> int:

@@ -217,10 +217,10 @@ class Streams:
         if self._last is None:
             return
         streams, memory = self._last
+        rows = [_row(memory, b) if stream.n_read else None for b, stream in enumerate(streams)]  # all, or none where memory runs out
         self._last = None
-        for b, stream in enumerate(streams):
-            if stream.n_read:
-                stream.memory = _row(memory, b)
+        for stream, row in zip(streams, rows):
+            stream.memory = row
 
 
 def _row(memory: Memory, b: int) -> Memory:

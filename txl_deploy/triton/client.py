@@ -20,13 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from txl_deploy.triton.sequences import SequenceLost
-from txl_train.errors import EnvironmentUnfitError, TxlError, UsageError
+from txl_train.errors import EnvironmentUnfitError, TxlError, UsageError, ValidationError
 
 Protocol = Literal["http", "grpc"]
 OUTPUTS = ("token_ids", "nll", "counted")
 SEQUENCE_HEADER = "x-sequence-id"
 """By which a router in front of several servers finds the one that has the sequence (docker/serving)."""
-_LOST = ("must specify the START flag", "has no memory here", "The memory of this sequence is gone")
+_FAILED = ("The model failed", "no finite number")
+"""What it says where the model is at fault."""
+_LOST = ("must specify the START flag", "has no memory here")
 """What a server says of a sequence that it does not have."""
 
 
@@ -36,6 +38,10 @@ class ServerUnreachable(EnvironmentUnfitError):
 
 class RequestRefused(TxlError):
     """The server has read the request and does not take it."""
+
+
+class ModelFailed(ValidationError):
+    """The model could not compute an answer, or none that is a number. The server has let go of the sequence."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class SequenceClient:
         protocol: Protocol = "http",
         sequence_id: int | str | None = None,
         replay: bool = True,
-        timeout_s: float = 60.0,
+        timeout_s: float = 120.0,
         part_tokens: int = 4096,
     ) -> None:
         self.model, self.url, self.replay = model, url, replay
@@ -111,39 +117,49 @@ class SequenceClient:
 
         Raises:
             UsageError: neither text nor ids.
-            RequestRefused: the server does not take it; the sequence is where it was.
-            SequenceLost: the server does not have the sequence, and nothing is sent again (`replay` is off).
+            RequestRefused: the server does not take it; the sequence is where it was, and with `end` is sent again by the next call.
+            SequenceLost: the server does not have the sequence, and nothing is sent again (`replay` is off). The next call begins another.
+            ModelFailed: the model is at fault; the next call sends the sequence again.
             ServerUnreachable: there is no answer. The same call may be made again when the server is back.
         """
         if (text is None) == (input_ids is None):
             raise UsageError("A request has either `text` or `input_ids`.")
-        begins = not self._sent
-        if not begins and not self._is_open:
+        if self._sent and not self._is_open:
             self._again()
+        begins = not self._sent
         try:
             answer = self._send(text, input_ids, starts=begins, ends=end)
         except SequenceLost:
-            self._is_open = False
-            if not self.replay:
+            if begins or not self.replay:
+                self._sent = []  # the next call begins another sequence
                 raise
             self._again()
             answer = self._send(text, input_ids, starts=False, ends=end)
         self._sent.append(answer.token_ids_N)
-        self._is_open = True
         if end:
             self._sent, self._is_open = [], False
         return answer
 
     def _again(self) -> None:
         """Begin the sequence again, with all that was sent."""
-        if not self.replay:
-            raise SequenceLost(f"The server no longer has sequence {self.sequence_id}.", remedy="Begin it again.")
         ids_N = np.concatenate(self._sent)
+        if not self.replay:
+            self._sent = []
+            raise SequenceLost(f"Nobody knows what the server has read of sequence {self.sequence_id}.", remedy="Begin it again.")
         for at in range(0, len(ids_N), self._part_tokens):
-            self._send(None, ids_N[at : at + self._part_tokens], starts=at == 0, ends=False)
+            self._send(None, ids_N[at : at + self._part_tokens], starts=at == 0, ends=False, position=at)
         self.n_replays += 1
 
-    def _send(self, text: str | None, ids: Sequence[int] | npt.NDArray[np.int64] | None, *, starts: bool, ends: bool) -> Scores:
+    def _send(
+        self,
+        text: str | None,
+        ids: Sequence[int] | npt.NDArray[np.int64] | None,
+        *,
+        starts: bool,
+        ends: bool,
+        position: int | None = None,
+    ) -> Scores:
+        """Send one request; `position` tokens of the sequence were sent before it (None: all of `_sent`)."""
         value: npt.NDArray[Any]
         if text is not None:
             name, kind, value = "text", "BYTES", np.array([[text.encode("utf-8")]], dtype=np.object_)
@@ -151,12 +167,16 @@ class SequenceClient:
             name, kind, value = "input_ids", "INT64", np.asarray(ids, dtype=np.int64)[None]
         tensor = self._module.InferInput(name, list(value.shape), kind)
         tensor.set_data_from_numpy(value)
+        before = self._module.InferInput("position", [1, 1], "INT64")
+        sent = sum(map(len, self._sent)) if position is None else position
+        before.set_data_from_numpy(np.array([[0 if starts else sent]], dtype=np.int64))
         wanted = [self._module.InferRequestedOutput(output) for output in OUTPUTS]
+        was_open, self._is_open = self._is_open, False  # until the server has answered, whatever happens on the way
         timeout: dict[str, Any] = {"client_timeout": self._timeout_s} if self._protocol == "grpc" else {}
         try:
             answer = self._client.infer(
                 self.model,
-                [tensor],
+                [tensor, before],
                 outputs=wanted,
                 sequence_id=self.sequence_id,
                 sequence_start=starts,
@@ -165,8 +185,9 @@ class SequenceClient:
                 **timeout,
             )
         except Exception as error:  # of tritonclient, gevent and gRPC, which share no base class
-            self._is_open = self._is_open and _was_read(error)
+            self._is_open = was_open and not ends and _was_read(error)
             _explain(error, self.url, self.sequence_id)
+        self._is_open = True
         return Scores(*(answer.as_numpy(output)[0] for output in OUTPUTS))
 
 
@@ -201,9 +222,11 @@ def _explain(error: Exception, url: str, sequence_id: int | str) -> NoReturn:
         ) from error
     said = str(error.message())
     if any(part in said for part in _LOST):
-        raise SequenceLost(f"The server at {url} no longer has sequence {sequence_id}.", remedy="Begin it again.") from error
-    if _was_read(error):
+        raise SequenceLost(f"The server at {url} no longer has sequence {sequence_id}: {said}") from error
+    if _was_read(error) or _status(error) in ("413", "RESOURCE_EXHAUSTED"):
         raise RequestRefused(f"The server at {url} refused the request: {said}") from error
+    if any(part in said for part in _FAILED):
+        raise ModelFailed(f"The model of the server at {url} failed: {said}") from error
     raise ServerUnreachable(
         f"The server at {url} could not answer ({_status(error)}): {said}", remedy="Send it again; its log tells more."
     ) from error

@@ -65,7 +65,8 @@ class ServeOptions:
             ("queue-delay", self.queue_delay_us, 0),
         ):
             if value < low:
-                raise UsageError(f"`--{what}` must be {low} or more, but is {value} instead.")
+                least = f"`--max-batch-size` ({low})" if what == "max-sequences" else str(low)
+                raise UsageError(f"`--{what}` must be {least} or more, but is {value} instead.")
         if not 0.1 <= self.max_idle_s <= 10**9:
             raise UsageError(f"`--max-idle` must be within 0.1 and 1e9 seconds, but is {self.max_idle_s} instead.")
 
@@ -73,10 +74,11 @@ class ServeOptions:
 def python_config(options: ServeOptions) -> dict[str, Any]:
     """Return the configuration of a model that runs in the Python backend (`txl_deploy.triton.model`).
 
-    A sequence sends text or token ids, of any length up to `max_tokens`. Its memory is kept by the model, which learns what happens to a
+    A sequence sends text or token ids, of any length up to `max_tokens`, and may say how many tokens it has sent before (`position`): a
+    server that has read others, or not all of them, refuses the request. Its memory is kept by the model, which learns what happens to a
     sequence from the flags of its requests.
     """
-    inputs = [("text", "TYPE_STRING", 1), ("input_ids", "TYPE_INT64", -1)]
+    inputs = [("text", "TYPE_STRING", 1), ("input_ids", "TYPE_INT64", -1), ("position", "TYPE_INT64", 1)]
     outputs = [("token_ids", "TYPE_INT64", -1), ("nll", "TYPE_FP32", -1), ("counted", "TYPE_BOOL", -1)]
     parameters = {
         "max_tokens": options.max_tokens,

@@ -20,6 +20,7 @@ from txl_deploy import manifest as manifests
 from txl_deploy.export.artifact import check_target, folder_beside
 from txl_deploy.export.served import export_served
 from txl_deploy.manifest import Manifest
+from txl_deploy.score import COUNTED_FROM_END
 from txl_deploy.triton.config import MINIMUM_SERVER, Backend, ServeOptions, graph_config, python_config, to_text
 from txl_deploy.triton.model import ARTIFACT_FOLDER
 from txl_train.errors import UsageError
@@ -80,6 +81,7 @@ def write_repository(
     if len(artifacts) > 1 and chosen != "tensorrt":
         raise UsageError("Several artifacts are served as one model only if they are engines for different GPUs.", remedy="Give one.")
     _check_head(artifacts[0], found[0])
+    _check_positions(artifacts[0], found[0])
     target = out / options.name
     check_target(target, overwrite=overwrite, is_ours=_is_ours)
     out.mkdir(parents=True, exist_ok=True)
@@ -113,6 +115,20 @@ def _check_head(artifact: Path, manifest: Manifest) -> None:
         raise UsageError(
             f"{artifact} yields {manifest.settings.head} of the next token, and what is served scores text.",
             remedy="Export the checkpoint with `--head nll`.",
+        )
+
+
+def _check_positions(artifact: Path, manifest: Manifest) -> None:
+    """Refuse models whose segments cannot be filled up, or begin with tokens that were read before."""
+    if manifest.model.get("attn_type") in COUNTED_FROM_END:
+        raise UsageError(
+            f"{artifact} counts positions from a segment's end (`attn_type` {manifest.model['attn_type']}), so a segment cannot be scored "
+            "before all of its tokens are there.",
+            remedy="Score whole texts with `txl eval`.",
+        )
+    if manifest.model.get("ext_len"):
+        raise UsageError(
+            f"{artifact} reads {manifest.model['ext_len']} tokens before each segment once more.", remedy="Export it with `--ext-len 0`."
         )
 
 

@@ -71,6 +71,7 @@ def test_the_python_backend_s_configuration_is_valid_and_says_what_was_asked_for
     assert [(tensor.name, list(tensor.dims), tensor.optional) for tensor in config.input] == [
         ("text", [1], True),
         ("input_ids", [-1], True),
+        ("position", [1], True),
     ]
     assert [tensor.name for tensor in config.output] == ["token_ids", "nll", "counted"]
     sequences = config.sequence_batching
@@ -201,7 +202,7 @@ def test_the_command_says_what_it_wrote_and_replaces_only_its_own(exports, tmp_p
     [
         (["--tgt-len", "3"], "`--tgt-len` says how to export a checkpoint"),
         (["--name", "a/b"], "is no name for a model"),
-        (["--max-sequences", "2"], "`--max-sequences` must be 8 or more"),
+        (["--max-sequences", "2"], "`--max-sequences` must be `--max-batch-size` (8) or more"),
         (["--backend", "tensorrt"], "holds onnx"),
     ],
 )

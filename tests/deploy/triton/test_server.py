@@ -201,6 +201,32 @@ def test_a_client_begins_again_what_the_server_forgot_and_goes_on(server, runtim
     np.testing.assert_allclose(np.concatenate([first.nll_N[1:], second.nll_N]), expected, atol=2e-6)
 
 
+def test_a_server_that_has_read_something_else_of_a_sequence_is_noticed(server, runtime):
+    """As one does that comes back behind a router with a memory of before: its memory would be of another text."""
+    with client(server, sequence_id=505, replay=False) as one, client(server, sequence_id=505, replay=False) as stranger:
+        one.score(input_ids=text(1, 12))
+        stranger._sent, stranger._is_open = list(one._sent), True
+        stranger.score(input_ids=text(9, 3))
+        with pytest.raises(SequenceLost, match="has read 15 tokens of it, not 12"):
+            one.score(input_ids=text(2, 6))
+    with client(server, sequence_id=506) as one, client(server, sequence_id=506) as stranger:
+        one.score(input_ids=text(1, 12))
+        stranger._sent, stranger._is_open = list(one._sent), True
+        stranger.score(input_ids=text(9, 3))
+        after = one.score(input_ids=text(2, 6), end=True)
+        assert one.n_replays == 1
+    np.testing.assert_allclose(after.nll_N, alone(runtime, np.concatenate([text(1, 12), text(2, 6)]))[11:], atol=2e-6)
+
+
+def test_a_last_request_that_is_refused_may_be_sent_again(server, runtime):
+    with client(server) as one:
+        one.score(input_ids=text(1, 12))
+        with pytest.raises(RequestRefused):
+            one.score(input_ids=[99], end=True)
+        after = one.score(input_ids=text(2, 6), end=True)
+    np.testing.assert_allclose(after.nll_N, alone(runtime, np.concatenate([text(1, 12), text(2, 6)]))[11:], atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
