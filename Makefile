@@ -86,7 +86,7 @@ $(VENV)/.installed-dev: $(VENV)/.made $(PACKAGING)
 
 # Triton Inference Server with its Python backend, which nvidia-pytriton carries, in an environment of its own: it needs numpy below 2.
 # All other packages come from $(VENV), whose folder is on its path.
-triton: $(VENV)/.made
+triton: $(VENV)/.made ## Triton Inference Server for its tests, in an environment of its own
 	"$(PYTHON)" -m venv "$(VENV)/triton"
 	"$(VENV)/triton/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --constraint triton-constraints.txt \
 		nvidia-pytriton numpy
