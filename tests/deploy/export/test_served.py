@@ -77,13 +77,10 @@ def test_it_computes_what_the_graph_it_was_made_of_does(served, exports, streams
 @pytest.mark.parametrize(
     ("changes", "asked"),
     [
-        ({}, {}),
         ({"cutoffs": (5, 9), "untie_biases": True}, {"memory": "hidden"}),
         ({"cutoffs": (5, 9, 16), "div_val": 2}, {"head": "logits", "tgt_len": 1}),
-        ({"cutoffs": (5, 9, 16)}, {"head": "log_probs"}),
         ({"cutoffs": (5, 9, 16), "div_val": 2}, {"dtype": "fp16"}),
         ({"cutoffs": (5, 9, 16)}, {"batch_size": 2}),
-        ({"attn_type": "shaw", "position_rows": 9}, {}),
     ],
 )
 def test_every_kind_of_graph_has_that_form(tmp_path, changes, asked):
