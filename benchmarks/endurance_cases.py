@@ -303,7 +303,7 @@ def corpus(folder: Path, sizes: Sizes) -> dict[str, Any]:
     (data / "valid.txt").unlink()
     os.link(data / "train.txt", data / "valid.txt")  # which is evaluated in part
     size = (data / "train.txt").stat().st_size
-    lengths = ["--tgt-len", 64, "--mem-len", 64, "--eval-tgt-len", 64]
+    lengths = ["--batch-size", 8, "--eval-batch-size", 8, "--tgt-len", 64, "--mem-len", 64, "--eval-tgt-len", 64]
     first = _train(data, folder / "w", *lengths, limit=BESIDE_CORPUS)
     again = _train(data, folder / "w", *lengths, "--resume", "--max-step", 8, limit=BESIDE_CORPUS)
     best = folder / "w" / "checkpoint_best.pt"

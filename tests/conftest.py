@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+_LEVELS = {
+    logger: logger.level for logger in map(logging.getLogger, ("", "txl_train", "txl_deploy", "py.warnings", "torch.onnx._internal"))
+}
+"""As they are before any command has run."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too
 
@@ -46,11 +50,15 @@ def _ctrl_c_works() -> None:
 
 @pytest.fixture(autouse=True)
 def _log_levels_of_its_own() -> Iterator[None]:
-    """Undo what a command sets with `-q` or `-v`: the tests of one process share the loggers."""
-    loggers = [logging.getLogger(name) for name in ("", "txl_train", "txl_deploy", "py.warnings", "torch.onnx._internal")]
-    levels = [logger.level for logger in loggers]
+    """Undo what a command sets with `-q` or `-v`: the tests of one process share the loggers. Before a test too, as fixtures of a whole
+    session run commands before this."""
+    _reset_levels()
     yield
-    for logger, level in zip(loggers, levels):
+    _reset_levels()
+
+
+def _reset_levels() -> None:
+    for logger, level in _LEVELS.items():
         logger.setLevel(level)
 
 

@@ -323,8 +323,15 @@ class EvaluateAndSave(Callback):
         if self._folder is None or self._keep == 0 or not run.world.is_main:
             return
         last, kept = self._folder / LAST_NAME, self._folder / f"checkpoint_{run.progress.step}.pt"
-        if kept.exists() or not last.exists():
+        if not last.exists():
             return
+        if not kept.exists():
+            self._name_again(last, kept)
+        if self._keep is not None:
+            for path in kept_checkpoints(self._folder)[: -self._keep]:
+                path.unlink(missing_ok=True)
+
+    def _name_again(self, last: Path, kept: Path) -> None:
         unfinished = name_beside(kept)
         try:
             try:
@@ -336,9 +343,6 @@ class EvaluateAndSave(Callback):
             raise EnvironmentUnfitError(
                 f"The checkpoint {kept} cannot be written: {error.strerror or error}.", remedy="Free some space, or keep fewer."
             ) from error
-        if self._keep is not None:
-            for path in kept_checkpoints(self._folder)[: -self._keep]:
-                path.unlink(missing_ok=True)
 
 
 def kept_checkpoints(folder: Path, *, after_step: int = -1) -> list[Path]:

@@ -86,7 +86,8 @@ class Trial:
         ended = self.go()
         assert ended.code == 0, ended.said[-2000:]
         self.scenario.check(self.sources, self.folder)
-        assert self.scenario.outcome(self.folder) == self.expected(), "the end is another than without a kill"
+        outcome, expected = self.scenario.outcome(self.folder), self.expected()
+        assert outcome == expected, f"the end is another than without a kill: {outcome} instead of {expected}"
         left = unfinished(self.folder)
         assert not left, f"{[path.name for path in left]} stay behind"
         self.tally.completions += 1

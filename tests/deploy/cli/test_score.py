@@ -95,7 +95,7 @@ def test_a_model_that_computes_no_number_is_no_perplexity(tmp_path: Path, capfd:
     save_checkpoint(tmp_path / "c.pt", dataclasses.replace(checkpoint, model=parameters))
     (tmp_path / "text").write_text("word1\n")
     assert main(["score", str(tmp_path / "text"), "--checkpoint", str(tmp_path / "c.pt")]) == 1
-    assert "line 1, is no finite number" in capfd.readouterr().err
+    assert "The loss of stream 0 in segment 0 is not finite" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
