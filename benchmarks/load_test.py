@@ -198,7 +198,8 @@ def table(record: dict[str, Any]) -> str:
     """Return the record for people."""
     one = record["alone"]
     rows = {name: one["summaries"][name] for name in ("session", "server")}
-    low, high = one["ratio_p50_interval"] or (float("nan"), float("nan"))
+    interval = one["ratio_p50_interval"]
+    bounds = "" if interval is None else f" (95 %: {interval[0]:.2f} to {interval[1]:.2f})"
     lines = [
         "# Serving on Triton Inference Server",
         "",
@@ -207,7 +208,7 @@ def table(record: dict[str, Any]) -> str:
         "Raw samples: the JSON beside this.",
         "",
         f"**One sequence, by turns** (n = {one['n']}): the server adds {one['added_ms_p50']:.2f} ms to a step (median of differences), "
-        f"{one['ratio_p50']:.2f} times its latency (95 %: {low:.2f} to {high:.2f}).",
+        f"{one['ratio_p50']:.2f} times its latency{bounds}.",
         f"Their results differ by {one['largest_difference_nll']:.1e} nats at most.",
         "",
         "| | p50 ms | p95 ms | p99 ms |",
