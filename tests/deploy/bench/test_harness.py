@@ -423,7 +423,7 @@ def test_a_receipt_that_counts_other_tokens_fails_the_row():
 def test_a_timed_nll_that_is_no_number_is_not_the_receipts():
     text = text_of()
     row = timed_with(scored_by(FakeRuntime(), text), FakeRuntime(base_nll=math.nan), text)
-    assert "off by no finite number" in row.invalid_reasons[0]
+    assert "the loss of stream 0 in segment" in row.invalid_reasons[0]
     assert "the perplexity is not a finite number" in row.invalid_reasons
 
 

@@ -225,7 +225,7 @@ def test_a_kit_that_fails_leaves_nothing_behind(fp16_onnx: Path, tmp_path: Path,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(artifacts, "write_kit", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(EnvironmentUnfitError, match="cannot be written: No space left"):
         export_engine(request_of(fp16_onnx, tmp_path / "kit", target="v100"))
     assert list(tmp_path.iterdir()) == []
 
