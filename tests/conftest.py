@@ -20,6 +20,12 @@ _LEVELS = {
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too
 
+if importlib.util.find_spec("torch") is not None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: without a GPU its kernels run in its interpreter
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep pytest-xdist from putting files of few tests last: some of these are the longest."""

@@ -24,6 +24,7 @@ CORNERS = {
     "jinja2": ("txl_deploy/bench/report/page.py",),
     "yaml": ("txl_train/settings.py", "txl_deploy/compat.py"),
     "rich": ("txl_deploy/cli/", "txl_train/callbacks.py"),
+    "triton": ("txl_train/model/kernels.py", "txl_train/optim/lamb_kernels.py"),
     "tensorrt": (),
     "tensorrt_rtx": (),
 }

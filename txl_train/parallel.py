@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from txl_train.distributed import World
 from txl_train.errors import ConfigError
 from txl_train.finite import watched
 from txl_train.model.adaptive import cluster_rows
+from txl_train.model.compiled import compiled_twin
 from txl_train.model.memory import Memory
 from txl_train.model.sampled import SampledSoftmax
 from txl_train.model.transformer_xl import TransformerXL
@@ -35,7 +36,7 @@ class LossModule(nn.Module):
     Args:
         model: whose loss it is.
         sampled: the loss of training, if not the model's own.
-        compiled: compile the model, all but the loss, which has shapes that depend on data.
+        compiled: compile what takes the time, once for all layers (`model.compiled`).
         dynamic: compile it for segments of any length.
     """
 
@@ -45,9 +46,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self.sampled = sampled
-        self._compiled: Callable[[Tensor, Memory], tuple[Tensor, Memory]] | None = None
-        if compiled:
-            self._compiled = torch.compile(model.forward, dynamic=dynamic)
+        self._compiled = [compiled_twin(model, dynamic=dynamic)] if compiled else []  # in a list, as its modules are those of the model
 
     def forward(
         self, input_ids_PQ: Tensor, target_ids_PT: Tensor, counted_PT: Tensor, rows: list[Tensor], memory: Memory
@@ -56,14 +55,18 @@ class LossModule(nn.Module):
 
         `rows` is what `cluster_rows` returns for the targets.
         """
-        hidden_PTD, memory = (self._compiled or self.model)(input_ids_PQ, memory)
-        return (self.loss(hidden_PTD, target_ids_PT, rows) * counted_PT).sum(), memory
+        model = self._compiled[0] if self._compiled else self.model
+        hidden_PTD, memory = model(input_ids_PQ, memory)
+        return (self._loss(model, hidden_PTD, target_ids_PT, rows) * counted_PT).sum(), memory
 
     def loss(self, hidden_PTD: Tensor, target_ids_PT: Tensor, rows: list[Tensor] | None = None) -> Tensor:
         """Return the loss of each target, nats, [P, T]."""
+        return self._loss(self.model, hidden_PTD, target_ids_PT, rows)
+
+    def _loss(self, model: TransformerXL, hidden_PTD: Tensor, target_ids_PT: Tensor, rows: list[Tensor] | None) -> Tensor:
         if self.sampled is None:
-            return self.model.nll(hidden_PTD, target_ids_PT, rows)
-        return self.sampled(hidden_PTD, target_ids_PT, self.model.head)
+            return model.nll(hidden_PTD, target_ids_PT, rows)
+        return self.sampled(hidden_PTD, target_ids_PT, model.head)
 
 
 @dataclass(frozen=True)

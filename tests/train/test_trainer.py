@@ -298,6 +298,7 @@ def test_sampled_softmax_trains_the_full_one() -> None:
     assert nll < 0.96 * math.log(VOCAB)  # what was drawn has taught what it learned of all words
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's compiler looks, and hides it from users
 def test_a_compiled_model_trains_to_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     # without generating code, which takes a minute: what is tested is that the model can be taken as one graph
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))

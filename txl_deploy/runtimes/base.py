@@ -124,11 +124,12 @@ def torch_compute(dtype: str, device: str) -> str:
     return "tf32" if rounds else dtype
 
 
-def check_shapes(info: RuntimeInfo, tokens: Mapping[str, Tensor], memory: Memory) -> None:
+def check_shapes(info: RuntimeInfo, tokens: Mapping[str, Tensor], memory: Memory, *, states_too: bool = True) -> None:
     """Refuse tensors of a shape, a type or a device that the runtime was not made for, before they reach native code.
 
     Args:
         tokens: `input_ids` [B, ext_len + T] and, where the head scores them, `target_ids` [B, T].
+        states_too: look at the memory's states; not needed if the runtime knows them for its own.
 
     Raises:
         ShapeRangeError: naming the tensor, what it is and what it must be, and for lengths the command that makes a runtime for it.
@@ -162,6 +163,8 @@ def check_shapes(info: RuntimeInfo, tokens: Mapping[str, Tensor], memory: Memory
                 f"`{name}` of this {info.name} runtime must be int64 on {device}, but is {_kind(tensor)} instead.",
                 remedy=f'Convert it with `.to("{device}", torch.int64)`.',
             )
+    if not states_too and memory.states[0].shape[0] == B:
+        return
     expected, count = torch.Size(state_shape(info.config, info.memory, B)), state_count(info.config, info.memory)
     wanted = TORCH_TYPES[info.memory_dtype]
     shapes = [state.shape for state in memory.states]

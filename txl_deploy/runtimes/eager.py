@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from txl_deploy.claims import count_matrices
-from txl_deploy.runtimes.base import TORCH_TYPES, RuntimeInfo, torch_compute
+from txl_deploy.runtimes.base import TORCH_TYPES, RuntimeInfo, check_shapes, torch_compute
 from txl_deploy.runtimes.graph import ModuleRuntime
 from txl_deploy.runtimes.window import Windows
 from txl_train.config import HeadKind, MemoryKind, ModelConfig
-from txl_train.model.inference import STEPS
+from txl_train.evaluate import StepOutput
+from txl_train.model.inference import STEPS, FixedStep
 from txl_train.model.memory import Memory
 from txl_train.model.packed import can_pack, in_packs, pack_step
 from txl_train.model.transformer_xl import TransformerXL
+
+if TYPE_CHECKING:
+    from txl_deploy.runtimes.rings import Rings
 
 
 class EagerRuntime(ModuleRuntime):
@@ -74,10 +78,26 @@ class EagerRuntime(ModuleRuntime):
         super().__init__(info, step)
         has_windows = packed and memory == "kv" and step.mem_len > 0
         self._windows = Windows(step.mem_len, step.ext_len + tgt_len, tgt_len) if has_windows else None
+        self._rings: Rings | None = None
+        where = model.embedding.weights[0].device
+        if packed and where.type == "cuda" and _has_kernels_for(step, where):
+            from txl_deploy.runtimes.rings import Rings
+
+            self._rings = Rings(step, where)
+            self._info = dataclasses.replace(info, provider="cuda-graph")
+
+    def step(self, input_ids_BQ: Tensor, target_ids_BT: Tensor, memory: Memory) -> StepOutput:
+        """Score one segment."""
+        if self._rings is None or self._info.head != "nll":
+            return super().step(input_ids_BQ, target_ids_BT, memory)
+        check_shapes(self._info, {"input_ids": input_ids_BQ, "target_ids": target_ids_BT}, memory, states_too=not self._rings.knows(memory))
+        return StepOutput(*self._rings.run(input_ids_BQ, target_ids_BT, memory))
 
     @torch.inference_mode()
     def run(self, input_ids_BQ: Tensor, target_ids_BT: Tensor | None, rows: list[Tensor], memory: Memory) -> tuple[Tensor, Memory]:
         """Call the step; its keys and values are written behind those of the memory where there is room."""
+        if self._rings is not None:
+            return self._rings.run(input_ids_BQ, target_ids_BT, memory)
         if self._windows is None:
             return super().run(input_ids_BQ, target_ids_BT, rows, memory)
         store, start, states = self._windows.with_room(memory)
@@ -100,3 +120,17 @@ class EagerRuntime(ModuleRuntime):
             checkpoint_sha256=info.checkpoint_sha256,
             packed=self.is_packed,
         )
+
+
+def _has_kernels_for(step: FixedStep, device: torch.device) -> bool:
+    """Return whether a step on a GPU can run as `model.fused` has it.
+
+    Its kernels need Triton, and products of small blocks on tensor cores, which Triton has from compute capability 8.0 on (Ampere).
+    """
+    from torch.utils._triton import has_triton
+
+    if torch.cuda.get_device_capability(device) < (8, 0) or not has_triton():
+        return False
+    from txl_train.model.fused import can_fuse
+
+    return can_fuse(step)

@@ -39,7 +39,7 @@ class _Store:
             tensor.shape == (B, H, capacity, E) and tensor.dtype == state.dtype and tensor.device == state.device
             for tensor, state in zip(self.tensors, states)
         )
-        if not same or any(_holders(tensor) > 1 for tensor in self.tensors):
+        if not same or any(holders(tensor) > 1 for tensor in self.tensors):
             return False
         for tensor, state in zip(self.tensors, states):
             tensor[:, :, :M] = state
@@ -91,7 +91,7 @@ class Windows:
         self._known[states[0]] = (store, start + self._tgt_len)
 
 
-def _holders(tensor: Tensor) -> int:
+def holders(tensor: Tensor) -> int:
     """Return how many tensors lie in the memory of this one, itself included; many, if this PyTorch does not say."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     if count is None:

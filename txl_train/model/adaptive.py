@@ -177,9 +177,23 @@ class AdaptiveLogSoftmax(nn.Module):
 
         `rows` is what `cluster_rows` returns. A graph that cannot hold an empty tensor may pad a cluster's rows with the value N.
         """
-        shortlist = self.cluster_ends[1]
         weights, biases = self.tables()
-        logits_NV = self.scores(hidden_ND, 0, weights[0], biases[0])
+        nll_N = self.head_nll(hidden_ND, target_ids_N, weights[0], biases[0])
+        if self.n_cluster == 0:
+            return nll_N
+        last = hidden_ND.shape[0] - 1
+        nll_N1 = F.pad(nll_N, [0, 1])  # the extra place takes what padded rows write
+        for i, rows_R in enumerate(rows):
+            tokens_R = rows_R.clamp(max=last)
+            hidden_RD, targets_R = hidden_ND.index_select(0, tokens_R), target_ids_N.index_select(0, tokens_R)
+            within_R = self.tail_nll(hidden_RD, targets_R, i + 1, weights[i + 1], biases[i + 1])
+            nll_N1 = nll_N1.scatter(0, rows_R, nll_N.index_select(0, tokens_R) + within_R)
+        return nll_N1[:-1]
+
+    def head_nll(self, hidden_ND: Tensor, target_ids_N: Tensor, weight_VW: Tensor, bias_V: Tensor) -> Tensor:
+        """Return −log p [N] of the target, or of its tail cluster if it lies in one, given the tables of the shortlist."""
+        shortlist = self.cluster_ends[1]
+        logits_NV = self.scores(hidden_ND, 0, weight_VW, bias_V)
         chosen_N = torch.gather(logits_NV, 1, target_ids_N.clamp(max=shortlist - 1)[:, None]).squeeze(1)
         if self.n_cluster == 0:
             return self.normaliser(logits_NV, None) - chosen_N
@@ -189,19 +203,14 @@ class AdaptiveLogSoftmax(nn.Module):
         for low in self.cluster_ends[2:-1]:
             cluster_N = cluster_N + (target_ids_N >= low).to(target_ids_N.dtype)
         of_cluster_N = torch.gather(clusters_NC, 1, cluster_N[:, None]).squeeze(1)
-        nll_N = normaliser_N - torch.where(target_ids_N < shortlist, chosen_N, of_cluster_N)
+        return normaliser_N - torch.where(target_ids_N < shortlist, chosen_N, of_cluster_N)
 
-        last = hidden_ND.shape[0] - 1
-        nll_N1 = F.pad(nll_N, [0, 1])  # the extra place takes what padded rows write
-        for i, rows_R in enumerate(rows):
-            low, high = self.cluster_ends[i + 1], self.cluster_ends[i + 2]
-            tokens_R = rows_R.clamp(max=last)
-            logits_RV = self.scores(hidden_ND.index_select(0, tokens_R), i + 1, weights[i + 1], biases[i + 1])
-            targets_R = (target_ids_N.index_select(0, tokens_R) - low).clamp(0, high - low - 1)
-            chosen_R = torch.gather(logits_RV, 1, targets_R[:, None]).squeeze(1)
-            within_R = self.normaliser(logits_RV, None) - chosen_R
-            nll_N1 = nll_N1.scatter(0, rows_R, nll_N.index_select(0, tokens_R) + within_R)
-        return nll_N1[:-1]
+    def tail_nll(self, hidden_RD: Tensor, target_ids_R: Tensor, cluster: int, weight_VW: Tensor, bias_V: Tensor) -> Tensor:
+        """Return −log p [R] of the targets within their tail cluster, from 1, given its tables; anything for targets elsewhere."""
+        low, high = self.cluster_ends[cluster], self.cluster_ends[cluster + 1]
+        logits_RV = self.scores(hidden_RD, cluster, weight_VW, bias_V)
+        chosen_R = torch.gather(logits_RV, 1, (target_ids_R - low).clamp(0, high - low - 1)[:, None]).squeeze(1)
+        return self.normaliser(logits_RV, None) - chosen_R
 
     def log_probs(self, hidden_ND: Tensor) -> Tensor:
         """Return log p of every word, nats, float32 [N, V]."""

@@ -8,6 +8,7 @@ NVIDIA's code of 2019 had a trust of 0 there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -33,8 +34,8 @@ class Lamb(torch.optim.Optimizer):
         bias_correction: divide the moments by 1 - beta**step as Adam does.
         trust_at_zero: trust where |w| or |u| is 0: 1 lets a tensor of zeros move, 0 never does.
         foreach: compute all tensors together (few, large kernels: True), or one after the other as it is written in the paper (False); None
-            does what is fast: together on a GPU, on a CPU in pieces that stay in its caches, where nothing of a tensor's size is allocated.
-            The result is the same but for rounding.
+            does what is fast: on a GPU all together, in three kernels (`lamb_kernels`) where there is Triton; on a CPU in pieces that stay
+            in its caches, where nothing of a tensor's size is allocated. The result is the same but for rounding.
 
     Raises:
         ConfigError: a hyper-parameter is out of range.
@@ -106,7 +107,8 @@ class Lamb(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(weight)
             for same in _by_device_and_dtype(weights):
                 if self._foreach or (self._foreach is None and same[0].device.type != "cpu"):
-                    self._step_together(group, same)
+                    if self._foreach or not self._step_in_kernels(group, same):
+                        self._step_together(group, same)
                     continue
                 for weight in same:
                     if self._foreach is None and weight.is_contiguous():
@@ -133,6 +135,28 @@ class Lamb(torch.optim.Optimizer):
         """Return |w| / |u|, of one tensor or several; |w| is clamped already."""
         moves = (weight_norm > 0) & (update_norm > 0)
         return torch.where(moves, weight_norm / (update_norm + group["eps"]), torch.full_like(weight_norm, self._trust_at_zero))
+
+    def _step_in_kernels(self, group: dict[str, Any], weights: list[Tensor]) -> bool:
+        """Do as `_step_one` for many tensors of one GPU, and return True; or False if this cannot be done here."""
+        from torch.utils._triton import has_triton
+
+        weights = [weight for weight in weights if weight.numel() > 0]
+        if weights and weights[0].device.type == "cuda" and not has_triton():
+            return False
+        from txl_train.optim import lamb_kernels
+
+        if not lamb_kernels.can_step(weights):
+            return False
+        if weights:
+            means, squares = ([self.state[weight][name] for weight in weights] for name in ("exp_avg", "exp_avg_sq"))
+
+            def factors(weight_norms: Tensor, update_norms: Tensor) -> Tensor:
+                trust = self._trust(group, weight_norms.clamp(max=group["max_weight_norm"]), update_norms)
+                return trust * float(group["lr"])
+
+            with torch.cuda.device(weights[0].device) if weights[0].is_cuda else contextlib.nullcontext():
+                lamb_kernels.step(weights, means, squares, group, _corrections(group), factors)
+        return True
 
     def _step_in_pieces(self, group: dict[str, Any], weight: Tensor) -> None:
         """The same as `_step_one` for a contiguous tensor, piece by piece: every operation but the first finds its operands in the caches.

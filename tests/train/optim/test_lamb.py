@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 from typing import Any
 
@@ -176,3 +177,27 @@ def test_sparse_gradients_are_refused() -> None:
 
     with pytest.raises(TypeError, match="dense"):
         Lamb([weight]).step()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning")
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "bias_correction": True}, {"trust_at_zero": 0.0}], ids=str)
+def test_the_kernels_of_a_gpu_move_weights_as_the_paper_has_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from txl_train.optim import lamb_kernels
+
+    monkeypatch.setattr(lamb_kernels, "CHUNK", 3000)  # so that tensors are cut
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5,), (30, 401), (3000,), (3, 3), (1,), (0, 4)]
+    plain = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    plain[3].data.zero_()
+    own = copy.deepcopy(plain)
+    expected, found = Lamb(plain, lr=0.1, foreach=False, **settings), Lamb(own, lr=0.1, foreach=True, **settings)
+    monkeypatch.setattr(found, "_step_together", found._step_in_kernels)
+    for _ in range(4):
+        for weight, twin in zip(plain, own, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            twin.grad = weight.grad.clone()
+        expected.step()
+        found.step()
+    for weight, twin in zip(plain, own, strict=True):
+        torch.testing.assert_close(twin, weight, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,102 @@
+"""Compiles every Triton kernel of the toolkit for a GPU that need not be there: `python -m tests.train.model.compile_kernels 90`.
+
+With the base model's sizes. Exit code 1 if one does not compile, or takes more shared memory than the smallest GPU from Ampere on has.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from txl_train.model import kernels
+from txl_train.optim import lamb_kernels
+
+MOST_SHARED = 99 * 1024
+"""Bytes of shared memory that a block may have from compute capability 8.0 on, on the GPUs with the least (8.6 and 8.9)."""
+FLOATS, LONGS, INTS = "*fp32", "*i64", "*i32"
+SIXTEENS = ("stride_b", "stride_h", "N", "Q", "M", "D")
+"""Numbers that are multiples of 16 with the base model, which Triton makes use of."""
+
+Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
+"""A kernel, the types of its arguments, its constants and its options."""
+
+
+def cases(operand: str) -> Iterator[Case]:
+    """Yield the kernels of the step for operands of a type, `*fp16` or `*fp32`."""
+    exact = operand == FLOATS
+    precision = "ieee" if exact else "tf32"
+    pointers = dict.fromkeys(("qkv", "content_bias", "key", "value", "by_distance", "out"), operand)
+    numbers = dict.fromkeys(("stride_b", "stride_h", "max_distance", "shift", "H", "N", "Q", "M", "EXT", "C"), "i32")
+    attend = {**pointers, "length": LONGS, "start": LONGS, "scale": "fp32", **numbers}
+    for block_q, block_k in ((16, 32),) if exact else ((16, 128), (64, 64)):
+        for aligned in (True, False):
+            sizes = {"E": 64, "BLOCK_E": 64, "BLOCK_Q": block_q, "BLOCK_K": block_k}
+            yield kernels._attend, attend, {**sizes, "IS_ALIGNED": aligned, "PRECISION": precision}, {"num_warps": 4, "num_stages": 3}
+    embed = {"ids": LONGS, "table": operand, "scale": "fp32", "x": FLOATS, "half": operand, "D": "i32"}
+    yield kernels._embed, embed, {"BLOCK": 512}, {}
+    norm = {"x": FLOATS, "more": operand, "weight": FLOATS, "bias": FLOATS, "out": FLOATS, "half": operand, "D": "i32", "eps": "fp32"}
+    for keeps_sum in (True, False):
+        yield kernels._add_norm, norm, {"KEEPS_SUM": keeps_sum, "BLOCK": 512}, {}
+    keep = dict.fromkeys(("qkv", "position_bias", "key", "value", "queries"), operand)
+    keep |= dict.fromkeys(("stride_b", "stride_h", "N", "Q", "M", "S", "H", "E"), "i32") | {"start": LONGS, "scale": "fp32"}
+    yield kernels._keep, keep, {"BLOCK": 512}, {}
+    advance = {"length": LONGS, "start": LONGS, **dict.fromkeys(("B", "T", "most", "S"), "i32")}
+    yield kernels._advance, advance, {"BLOCK": 32}, {}
+    head = {"scores": operand, "targets": LONGS, "lows": LONGS, "nll": FLOATS, **dict.fromkeys(("V", "n_word", "n_cluster"), "i32")}
+    yield kernels._head_nll, head, {"BLOCK": 4096, "BLOCK_C": 4}, {"num_warps": 8}
+    found = {"targets": LONGS, "lows": LONGS, "rows": INTS, "offsets": INTS, "N": "i32", "n_cluster": "i32"}
+    yield kernels._find_rows, found, {"BLOCK": 2048}, {"num_warps": 8}
+    sums = dict.fromkeys(("largest", "total", "chosen"), FLOATS)
+    places = {"targets": LONGS, "rows": INTS, "offsets": INTS, "lows": LONGS, "first_tiles": INTS}
+    tail = dict.fromkeys(("hidden", "weight", "bias"), operand) | places | sums
+    tail |= dict.fromkeys(("c0", "n_cluster", "D", "n_tile"), "i32")
+    for block_r, warps, stages in ((16, 4, 4),) if exact else ((16, 4, 4), (64, 4, 3), (128, 8, 3)):
+        sizes = {"BLOCK_C": 4, "BLOCK_R": block_r, "BLOCK_V": kernels.TILE, "BLOCK_D": 32 if exact else 64}
+        yield kernels._tail_scores, tail, {**sizes, "PRECISION": precision}, {"num_warps": warps, "num_stages": stages}
+    add = {"rows": INTS, "offsets": INTS, "lows": LONGS, **sums, "nll": FLOATS, **dict.fromkeys(("c0", "n_cluster", "n_tile"), "i32")}
+    yield kernels._add_tail_nll, add, {"BLOCK_V": kernels.TILE, "BLOCK_C": 4, "BLOCK": 2048}, {}
+
+
+def optimizer_cases() -> Iterator[Case]:
+    """Yield the kernels of LAMB."""
+    settings = dict.fromkeys(("beta1", "beta2", "eps", "weight_decay", "correction1", "correction2"), "fp32")
+    table = {"pointers": LONGS, "chunks": LONGS}
+    sums, norms = dict.fromkeys(("weight_squares", "update_squares"), FLOATS), dict.fromkeys(("weight_norms", "update_norms"), FLOATS)
+    yield lamb_kernels._moments, {**table, **sums, **settings}, {"BLOCK": 2048}, {"num_warps": 8}
+    yield lamb_kernels._norms, {"first_chunks": INTS, **sums, **norms}, {"BLOCK": 1024}, {}
+    yield lamb_kernels._move, {**table, "factors": FLOATS, **settings}, {"BLOCK": 2048}, {"num_warps": 8}
+
+
+def main() -> int:
+    """Compile all for the compute capability that the first argument names (90 is 9.0)."""
+    target, failed = GPUTarget("cuda", int(sys.argv[1]), 32), False
+    for kernel, types, constants, options in [*cases("*fp16"), *cases(FLOATS), *optimizer_cases()]:
+        names = list(kernel.arg_names)
+        signature = {name: "constexpr" if name in constants else types[name] for name in names}
+        source = ASTSource(
+            fn=kernel,
+            signature=signature,
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={
+                (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*") or name in SIXTEENS
+            },
+        )
+        compiled = triton.compile(source, target=target, options=options)
+        shared = compiled.metadata.shared
+        told = f"{kernel.fn.__name__} {types.get('qkv', types.get('hidden', ''))} {constants}: {shared} bytes shared"
+        if constants.get("IS_ALIGNED") and "*fp16" in types.values():
+            narrow = compiled.asm["ptx"].count("ld.global.b16")
+            told += f", wide loads of distances: {narrow == 0}"
+            failed |= narrow > 0
+        sys.stdout.write(told + "\n")
+        failed |= shared > MOST_SHARED
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
