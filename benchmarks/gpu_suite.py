@@ -1,14 +1,16 @@
 """Everything that needs a GPU, in one call: CUDA tests, training throughput, exports, parity and the latency table, as one dated record.
 
     python benchmarks/gpu_suite.py                       the base model of the specification on the first GPU
-    python benchmarks/gpu_suite.py --parts training      one part of it: tests, training, inference
+    python benchmarks/gpu_suite.py --parts training      one part of it: tests, profile, training, inference
+    python benchmarks/gpu_suite.py --minutes 9           what of it can be begun in time, what matters most first
     python benchmarks/gpu_suite.py --quick --device cpu  a small model without a GPU, to see that the suite itself works
 
 Each step is a `txl` command (or the tests), run as a user would; a step that this machine cannot run is recorded as skipped with
 its reason, and a failing one does not stop the others. Training is repeated with equal seed and text in every precision, compiled, and on
 two devices, and its losses must follow those of FP32. Inference and training are measured against the reference's way of computing
-(`reference_bench.py`, `reference_training.py`), and each goal is written as met, MISSED or not measured. What is run stands in `gpu_plan`,
-how it is judged and shown in `gpu_tables`. Writes `<out>/gpu_suite_<device>_<yyyymm>.json` and tables beside it.
+(`reference_bench.py`, `reference_training.py`), and each goal is written as met, MISSED or not measured. The profile says what each kernel
+of a step takes (`gpu_profile.py`). What is run stands in `gpu_plan`, how it is judged and shown in `gpu_tables`. Writes
+`<out>/gpu_suite_<device>_<yyyymm>.json` and tables beside it.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ from gpu_tables import Step, against_name, goal_lines, goals, summary_lines, tra
 from running import ROOT, child_environment, device_slug, txl_command
 
 HERE = ROOT / "benchmarks"
-PARTS = ("tests", "training", "inference")
+PARTS = ("tests", "profile", "training", "inference")
 STEP_TIMEOUT_S = 580
+LEAST_S = 15
+"""A step is not begun if less than this is left."""
 ENVIRONMENT_UNFIT = 3
 """Exit code of a command that this machine cannot run."""
 
@@ -66,9 +70,12 @@ def _mean_loss(rows: list[dict[str, Any]]) -> float:
 class Suite:
     """Runs steps one after the other and keeps what they print."""
 
-    def __init__(self, plan: Plan, work: Path, n_devices: int) -> None:
+    def __init__(self, plan: Plan, work: Path, n_devices: int, minutes: float | None = None) -> None:
         self.plan, self.work, self.n_devices = plan, work, n_devices
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
         self.steps: list[Step] = []
+        self.figures: dict[str, dict[str, Any]] = {}
+        """Of the trainings that were run, by name."""
         self.environment = child_environment(TXL_CACHE_DIR=str(work / "cache"))
 
     def run(
@@ -94,6 +101,9 @@ class Suite:
             return self._keep(Step(name, "skipped", f"the package {requires} is not installed", command))
         if needs is not None and not needs.exists():
             return self._keep(Step(name, "skipped", f"an earlier step left no {needs.name}", command))
+        limit_s = self._seconds_left()
+        if limit_s < LEAST_S:
+            return self._keep(Step(name, "skipped", "the time that `--minutes` gives was over", command))
         start = time.perf_counter()
         try:
             finished = subprocess.run(
@@ -102,10 +112,12 @@ class Suite:
                 env=self.environment,
                 capture_output=True,
                 text=True,
-                timeout=STEP_TIMEOUT_S,
+                timeout=limit_s,
                 check=False,
             )
         except subprocess.TimeoutExpired:
+            if limit_s < STEP_TIMEOUT_S:
+                return self._keep(Step(name, "skipped", "the time that `--minutes` gives was over before it ended", command, limit_s))
             return self._keep(Step(name, "failed", f"took more than {STEP_TIMEOUT_S} s", command, STEP_TIMEOUT_S))
         seconds = time.perf_counter() - start
         try:
@@ -118,6 +130,10 @@ class Suite:
         errors = [line for line in finished.stderr.splitlines() if line.strip()]
         reason = next((line for line in errors if line.startswith("Error:")), errors[-1] if errors else "")
         return self._keep(Step(name, status, f"exit code {finished.returncode}: {reason}", command, seconds, result))
+
+    def _seconds_left(self) -> float:
+        """Return how long a step may take."""
+        return STEP_TIMEOUT_S if self._end is None else min(STEP_TIMEOUT_S, self._end - time.monotonic())
 
     def run_tests(self) -> None:
         """Run the tests that are marked as needing a GPU."""
@@ -144,16 +160,21 @@ class Suite:
         write_corpus(self.work / "data", self.plan)
         if "tests" in parts:
             self.run_tests()
-        if "training" in parts:
-            self.run_trainings(self.plan.trainings)
-        elif "inference" in parts:
+        if "profile" in parts:
+            options = ["--device", self.plan.device, "--json", *([] if self.plan.goals_apply else ["--quick"])]
+            self.run("profile of the steps", options, script="gpu_profile.py")
+        if "training" in parts or "inference" in parts:
             self.run_trainings(self.plan.trainings[:1])
+        if "inference" in parts:
+            self.run_against([])
+        if "training" in parts:
+            self.run_trainings(self.plan.trainings[1:])
+            self.compare_trainings(self.plan.trainings)
         if "inference" in parts:
             self.run_inference()
 
     def run_trainings(self, trainings: Collection[Training]) -> None:
-        """Train in every way of the plan, and compare the losses of those that must be alike."""
-        figures: dict[str, dict[str, Any]] = {}
+        """Train in these ways."""
         for training in trainings:
             name, script = training_name(training), None if training.opponent is None else "reference_training.py"
             if training.left_out:
@@ -169,13 +190,16 @@ class Suite:
             command = ["train", *self.plan.preset, *options, *lengths, *evaluation, "--work-dir", str(folder), "--json"]
             step = self.run(name, command, processes=training.processes, may_be_unfit=True, script=script)
             if step.status == "done":
-                step.result["measured"] = figures[training.name] = measured(folder / "metrics.jsonl")
+                step.result["measured"] = self.figures[training.name] = measured(folder / "metrics.jsonl")
             for checkpoint in folder.glob("*.pt"):
                 if folder != self.work / self.plan.trainings[0].name or checkpoint.name != "checkpoint_best.pt":
                     checkpoint.unlink()  # the base model's are gigabytes
+
+    def compare_trainings(self, trainings: Collection[Training]) -> None:
+        """Compare the losses of those that must be alike."""
         for training in trainings:
             if training.follows is not None:
-                self._keep(self.compare(training, figures))
+                self._keep(self.compare(training, self.figures))
 
     def compare(self, training: Training, figures: dict[str, dict[str, Any]]) -> Step:
         """Say whether a training's losses end where those of the one it follows do.
@@ -231,7 +255,8 @@ class Suite:
                 self.run(name, [*bench, "--runtimes", "compiled", *plan.compiled], needs=checkpoint, may_be_unfit=True)
             else:
                 self._keep(Step(name, "skipped", "compiling takes longer than --quick"))
-        self.run_against(source, artifacts.get(plan.against.dtype, []), checkpoint)
+        if artifacts.get(plan.against.dtype):
+            self.run_against(artifacts[plan.against.dtype])
         name = f"latency on {self.n_devices} devices at once"
         if self.n_devices > 1:
             sizes = ["--batch-sizes", str(4 * self.n_devices), "--duration", "3"]
@@ -244,14 +269,21 @@ class Suite:
             Step("engines of tensorrt", "skipped", "not on this machine's index: `txl export --format trt` builds them on their GPU")
         )
 
-    def run_against(self, source: list[str], artifacts: list[str], checkpoint: Path) -> None:
+    def run_against(self, artifacts: list[str]) -> None:
         """Measure our runtimes and exports taking turns with the reference's TorchScript, one batch size after the other."""
-        against, device = self.plan.against, ["--device", self.plan.device, "--accept-invalid", "--json"]
+        checkpoint = self.work / self.plan.trainings[0].name / "checkpoint_best.pt"
+        source, against = ["--checkpoint", str(checkpoint)], self.plan.against
+        device = ["--device", self.plan.device, "--accept-invalid", "--json"]
         runtimes = ["--dtype", against.dtype, "--runtimes", f"{against.runtimes},reference"]
         lengths = [] if artifacts else self.plan.lengths
         for size in against.batch_sizes:
             options = [*runtimes, *lengths, *device, "--batch-sizes", str(size), *against.options, *artifacts]
-            self.run(against_name(self.plan, size), ["bench", *source, *options], needs=checkpoint, script="reference_bench.py")
+            self.run(
+                against_name(self.plan, size, exports=bool(artifacts)),
+                ["bench", *source, *options],
+                needs=checkpoint,
+                script="reference_bench.py",
+            )
 
     def export_command(self, export: Export, source: list[str], out: Path) -> list[str]:
         """Return the command that writes one exported model."""
@@ -268,6 +300,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="a small model and few steps")
     parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"what to run, of {', '.join(PARTS)}  [default: all]")
+    parser.add_argument("--minutes", type=float, metavar="N", help="begin no step that would go on after N minutes  [default: no limit]")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the record")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
@@ -285,7 +318,7 @@ def main() -> int:
     plan = dataclasses.replace(QUICK if arguments.quick else BASE, device=arguments.device)
     environment = describe_environment(threads=torch.get_num_threads(), device="cuda:0" if plan.device == "cuda" else "cpu")
     with tempfile.TemporaryDirectory(prefix="txl-gpu-suite-") as folder:
-        suite = Suite(plan, Path(folder), n_devices=torch.cuda.device_count() if plan.device == "cuda" else 2)
+        suite = Suite(plan, Path(folder), n_devices=torch.cuda.device_count() if plan.device == "cuda" else 2, minutes=arguments.minutes)
         suite.run_all(parts)
     device_name = torch.cuda.get_device_name(0) if plan.device == "cuda" else "cpu"
     today = datetime.datetime.now(datetime.timezone.utc)

@@ -34,9 +34,9 @@ class Goal:
     """met, MISSED, or not measured with the reason."""
 
 
-def against_name(plan: Plan, batch_size: int) -> str:
-    """Return what the step is called that measures inference against the reference."""
-    return f"against the reference, {plan.against.dtype}, batch {batch_size}"
+def against_name(plan: Plan, batch_size: int, *, exports: bool = False) -> str:
+    """Return what the step is called that measures inference against the reference, that of exported models too or the checkpoint alone."""
+    return f"against the reference, {plan.against.dtype}, batch {batch_size}{', exports too' if exports else ''}"
 
 
 def training_name(training: Training) -> str:
@@ -66,8 +66,9 @@ _Judged = tuple[str, str, str, bool, str]
 def _inference_goals(plan: Plan, by_name: dict[str, Step]) -> Iterator[_Judged]:
     dtype, sizes = plan.against.dtype.upper(), plan.against.batch_sizes
     for size in sizes:
-        step = by_name.get(against_name(plan, size))
-        own, reference, reason = _best_and_reference(step)
+        names = against_name(plan, size, exports=True), against_name(plan, size)
+        steps = [step for name in names if (step := by_name.get(name)) is not None]
+        own, reference, reason = _best_and_reference(next((step for step in steps if step.result), steps[0] if steps else None))
         one = size == sizes[0]
         what, goal = (
             f"{dtype}, batch {size}, best runtime against the reference's TorchScript",

@@ -49,9 +49,10 @@ def test_the_suite_runs_on_a_cpu_and_records_every_step(tmp_path: Path) -> None:
         rows = steps[f"latency table, {dtype}"]["result"]["rows"]
         assert {(row["runtime"], row["dtype"], row["memory"]) for row in rows} == expected
         assert all(row["verified"] for row in rows)
+    for name, own in (("", {"pytorch"}), (", exports too", {"pytorch", "onnx", "torchscript"})):
+        assert {row["runtime"] for row in steps[f"against the reference, fp32, batch 1{name}"]["result"]["rows"]} == {"reference", *own}
     for size in (1, 2):
-        rows = steps[f"against the reference, fp32, batch {size}"]["result"]["rows"]
-        assert {"reference", "pytorch", "onnx", "torchscript"} == {row["runtime"] for row in rows}
+        rows = steps[f"against the reference, fp32, batch {size}, exports too"]["result"]["rows"]
         assert {row["batch_size"] for row in rows} == {size}
         assert all(row["verified"] for row in rows)
     goals = json.loads(text)["goals"]
@@ -116,6 +117,7 @@ def test_what_needs_more_devices_than_there_are_is_skipped_with_the_reason(monke
     suite = gpu_suite.Suite(gpu_suite.BASE, tmp_path, n_devices=1)
     two = next(training for training in gpu_suite.BASE.trainings if training.processes == 2)
     suite.run_trainings([two])
+    suite.compare_trainings([two])
     assert [(step.status, step.reason) for step in suite.steps] == [
         ("skipped", "this machine has 1 GPU"),
         ("skipped", "one of the two was not trained"),
@@ -141,12 +143,14 @@ def test_the_plan_for_a_gpu_runs_the_base_model_in_both_types_and_every_runtime(
     assert all(command[command.index("--target") + 1] == "portable" for command in engines)
     assert [Path(command[command.index("--artifact") + 1]).name for command in engines] == ["onnx-kv-fp32", "onnx-kv-fp16"]
     compiled = [command for command in commands if "compiled" in command]
+    suite.run_against([])
     assert [command[command.index("--dtype") + 1] for command in compiled] == ["fp32", "fp16"]
-    tables = [command for command in commands if command[0] == "bench" and not any("compiled" in word for word in command)]
+    opponents = "pytorch,reference"
+    tables = [command for command in commands if command[0] == "bench" and not {"compiled", opponents} & set(command)]
     assert [command.count("--artifact") for command in tables] == [4, 3]
-    opposed = [command for command in commands if "compiled,reference" in command]
-    assert [command[command.index("--batch-sizes") + 1] for command in opposed] == ["1", "32"]
-    assert [command.count("--artifact") for command in opposed] == [3, 3]
+    opposed = [command for command in commands if opponents in command]
+    assert [command[command.index("--batch-sizes") + 1] for command in opposed] == ["1", "32"] * 2
+    assert [command.count("--artifact") for command in opposed] == [3, 3, 0, 0]
     assert {command[command.index("--dtype") + 1] for command in opposed} == {"fp16"}
 
 
@@ -268,3 +272,12 @@ def test_what_this_machine_cannot_run_is_skipped_with_its_reason(monkeypatch: py
         ("failed", "exit code 3: Error: there is no GPU"),
         ("failed", "exit code 1: Error: there is no GPU"),
     ]
+
+
+def test_when_the_time_is_over_no_step_is_begun_and_each_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_suite
+
+    suite = gpu_suite.Suite(gpu_suite.QUICK, tmp_path, n_devices=1, minutes=0.1)
+    suite.run_trainings(gpu_suite.QUICK.trainings[:1])
+    assert [(step.status, step.reason) for step in suite.steps] == [("skipped", "the time that `--minutes` gives was over")]

@@ -200,6 +200,15 @@ def _shift(n_query: int, key_len: int, n_column: int) -> int:
     return (key_len - n_column + 1 - (n_query - 1)) % 8
 
 
+def attend_blocks(dtype: torch.dtype, n_head: int, n_query: int, d_head: int) -> tuple[int, ...]:
+    """Return what was fastest on an H200, for the heads of all streams: see `benchmarks/gpu_profile.py`."""
+    if dtype == torch.float32:
+        return 16, 32, 4, 3
+    # few streams: more and smaller programs, or most of the GPU would have nothing to do
+    is_few = n_head * triton.cdiv(n_query, 64) < 96 or n_query <= 16
+    return (16, 128, 4, 3) if is_few and d_head <= 64 else (64, 64, 4, 3)
+
+
 def attend(
     qkv_NW: Tensor,
     content_bias_HE: Tensor,
@@ -213,6 +222,7 @@ def attend(
     ext_len: int,
     max_distance: int | None,
     scale: float,
+    blocks: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Return the values mixed by attention over memory and segment, [N, W]; no score of a key ever reaches the GPU's memory.
 
@@ -223,15 +233,14 @@ def attend(
         by_distance_HNC: what `score_distances` returns.
         length_B: int64, tokens of each stream before the segment.
         start: int64 [1], the slot in which the memory begins.
+        blocks: queries and keys of a program, its warps and stages; None means `attend_blocks`.
     """
     _, B, H, _, E = ring_2BHSE.shape
     N, C = qkv_NW.shape[0], by_distance_HNC.shape[2]
     out_NW = torch.empty(N, H * E, dtype=qkv_NW.dtype, device=qkv_NW.device)
     key, value = ring_2BHSE[0], ring_2BHSE[1]
     furthest = mem_len + n_query if max_distance is None else max_distance
-    # few streams: more and smaller programs, or most of the GPU would have nothing to do
-    is_small = B * H * triton.cdiv(n_query, 64) < 96 or n_query <= 16
-    block_q, block_k = (16, 32) if qkv_NW.dtype == torch.float32 else (16, 128) if is_small and E <= 64 else (64, 64)
+    block_q, block_k, warps, stages = blocks or attend_blocks(qkv_NW.dtype, B * H, n_query, E)
     room = by_distance_HNC.as_strided((1,), (1,), 0)  # whose address is divisible by 16, as the kernel's view of it is not
     _attend[(triton.cdiv(n_query, block_q), B * H)](
         *(qkv_NW, content_bias_HE, key, value, room, length_B, start, out_NW, key.stride(0), key.stride(1), scale, furthest),
@@ -242,8 +251,8 @@ def attend(
         BLOCK_K=block_k,
         IS_ALIGNED=C % 8 == 1 and n_query % 8 == 0,
         PRECISION="ieee" if qkv_NW.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=3,
+        num_warps=warps,
+        num_stages=stages,
     )
     return out_NW
 
@@ -415,6 +424,13 @@ TILE = 128
 """Words of a tail cluster that are scored together."""
 
 
+def tail_blocks(dtype: torch.dtype, n_token: int) -> tuple[int, ...]:
+    """Return block sizes for a step of so many tokens, of which few lie in a tail; not measured yet."""
+    if dtype == torch.float32:
+        return 16, 32, 4, 4
+    return (16, 64, 4, 4) if n_token <= 128 else (64, 64, 4, 3) if n_token <= 1024 else (128, 64, 8, 3)
+
+
 def add_tail_nll(
     nll_N: Tensor,
     hidden_NW: Tensor,
@@ -428,6 +444,7 @@ def add_tail_nll(
     *,
     first_cluster: int,
     sizes: list[int],
+    blocks: tuple[int, ...] | None = None,
 ) -> None:
     """Add, in place, −log p of the target within its tail cluster, to the tokens of some clusters: those whose words are in one table.
 
@@ -440,14 +457,14 @@ def add_tail_nll(
         first_tiles: int32, the number of `TILE`s of words before each of these clusters.
         first_cluster: which of `lows` and `offsets` the first of them is.
         sizes: words of each.
+        blocks: tokens of a program, and of their width at a time, its warps and stages; None means `tail_blocks`.
     """
     N, W = hidden_NW.shape
     n_tile = max(-(-size // TILE) for size in sizes)
     device = nll_N.device
     largest, total = (torch.empty(N, n_tile, dtype=torch.float32, device=device) for _ in range(2))
     chosen = torch.empty(N, dtype=torch.float32, device=device)
-    is_float = hidden_NW.dtype == torch.float32
-    block_r = 16 if is_float or N <= 128 else 64 if N <= 1024 else 128
+    block_r, block_d, warps, stages = blocks or tail_blocks(hidden_NW.dtype, N)
     block_c = triton.next_power_of_2(len(sizes))
     common = rows_N, offsets, lows
     _tail_scores[(sum(-(-size // TILE) for size in sizes),)](
@@ -455,10 +472,10 @@ def add_tail_nll(
         BLOCK_C=block_c,
         BLOCK_R=block_r,
         BLOCK_V=TILE,
-        BLOCK_D=32 if is_float else min(64, max(16, triton.next_power_of_2(W))),
-        PRECISION="ieee" if is_float else "tf32",
-        num_warps=8 if block_r == 128 else 4,
-        num_stages=4 if block_r == 16 else 3,
+        BLOCK_D=min(block_d, max(16, triton.next_power_of_2(W))),
+        PRECISION="ieee" if hidden_NW.dtype == torch.float32 else "tf32",
+        num_warps=warps,
+        num_stages=stages,
     )
-    blocks = {"BLOCK_V": TILE, "BLOCK_C": block_c, "BLOCK": triton.next_power_of_2(n_tile)}
-    _add_tail_nll[(N,)](*common, largest, total, chosen, nll_N, first_cluster, len(sizes), n_tile, **blocks)
+    last = {"BLOCK_V": TILE, "BLOCK_C": block_c, "BLOCK": triton.next_power_of_2(n_tile)}
+    _add_tail_nll[(N,)](*common, largest, total, chosen, nll_N, first_cluster, len(sizes), n_tile, **last)
