@@ -1,8 +1,8 @@
 """Where a step's time goes on a GPU: inference and training of the base model, ours and the reference's, kernel by kernel.
 
-    python benchmarks/gpu_profile.py                             inference, training and block sizes: two minutes on an H200
-    python benchmarks/gpu_profile.py --parts inference --json    one of them; the record as JSON on standard output
-    python benchmarks/gpu_profile.py --quick --device cpu        a small model without a GPU: does the script itself work?
+    python benchmarks/gpu_profile.py                           inference, training and block sizes: some minutes
+    python benchmarks/gpu_profile.py --parts inference         one of them
+    python benchmarks/gpu_profile.py --quick --device cpu      a small model without a GPU: does the script itself work?
 
 Weights are random and the text is drawn (`speed.SHARES` says how many targets lie in each tail cluster), as for `speed.py`. Latencies
 are of one runtime after the other, not by turns: for comparisons that count there is `gpu_suite.py`. How far the step in kernels
@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import datetime
 import functools
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from reference_style import ReferenceModel, ReferenceRuntime
 from reference_training import ReferenceLamb, TrainingModel
+from running import device_slug
 from speed import SHARES
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -277,18 +278,20 @@ def blocks(gpu: Gpu, sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def _attend_blocks(gpu: Gpu, sizes: Sizes, batch_size: int) -> Iterator[dict[str, Any]]:
-    from txl_train.model import kernels
+    from txl_train.model import fused, kernels
 
     config, half = sizes.config, {"dtype": torch.float16, "device": gpu.device}
     H, E, Q, M = config.n_head, config.d_head, sizes.tgt_len, config.mem_len
     N = batch_size * Q
     n_column = 1 + Q + (M if config.clamp_len is None else config.clamp_len - 1)
+    term_HEC = fused.aligned(torch.randn(H, E, n_column, **half), M + Q)
+    qkv_NW, bias_HE = torch.randn(N, 3 * H * E, **half), torch.randn(H, E, **half)
     attend = functools.partial(
         kernels.attend,
-        torch.randn(N, 3 * H * E, **half),
-        torch.randn(H, E, **half),
+        qkv_NW,
+        bias_HE,
         torch.randn(2, batch_size, H, 2 * (M + Q), E, **half),
-        kernels.score_distances(torch.randn(H, N, E, **half), torch.randn(H, E, n_column, **half), Q, M + Q),
+        kernels.score_distances(qkv_NW, bias_HE, term_HEC.transpose(1, 2).contiguous(), Q, M + Q, E**-0.5),
         torch.full((batch_size,), M, device=gpu.device),
         torch.full((1,), Q, device=gpu.device),
         n_query=Q,
@@ -367,8 +370,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="a small model")
     parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"what to measure, of {', '.join(PARTS)}  [default: all]")
-    parser.add_argument("--json", action="store_true", help="the record on standard output, not as files")
-    parser.add_argument("--out", type=Path, help="<out>.json and <out>.md  [default: gpu_profile in this folder's results]")
+    parser.add_argument("--out", type=Path, help="<out>.json and <out>.md  [default: gpu_profile_<device> in this folder's results]")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     if unknown := set(parts) - set(PARTS):
@@ -377,24 +379,26 @@ def main() -> int:
         print("There is no GPU that PyTorch can use, so nothing was measured; try `--quick --device cpu`.", file=sys.stderr)
         return 3
     gpu, sizes = Gpu(arguments.device), QUICK if arguments.quick else BASE
-    rows = []
-    for part, measure in (("inference", inference), ("training", training), ("blocks", blocks)):
-        for row in measure(gpu, sizes) if part in parts else ():
-            rows.append(row)
-            print({key: value for key, value in row.items() if key != "kernels"}, file=sys.stderr, flush=True)
-    record = {
+    out = arguments.out or Path(__file__).resolve().parent / "results" / f"gpu_profile_{device_slug(name_of(gpu), None)}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
         "environment": describe_environment(threads=torch.get_num_threads(), device="cuda:0" if gpu.is_gpu else "cpu"),
         "peak_flops_fp16": measured_peak_flops(gpu.device, torch.float16) if gpu.is_gpu else None,
-        "rows": rows,
+        "rows": [],
     }
-    if arguments.json:
-        json.dump(record, sys.stdout)
-        return 0
-    out = arguments.out or Path(__file__).resolve().parent / "results" / "gpu_profile"
-    write_json(out.with_suffix(".json"), record)
-    head = "# Where a step's time goes on a GPU\n\nMade by `python benchmarks/gpu_profile.py`.\n"
-    out.with_suffix(".md").write_text(head + "\n".join(lines(rows)) + "\n", encoding="utf-8")
+    head = f"# Where a step's time goes on {name_of(gpu)}\n\nMade by `python benchmarks/gpu_profile.py`, {datetime.date.today()}.\n"
+    for part, measure in (("inference", inference), ("training", training), ("blocks", blocks)):
+        for row in measure(gpu, sizes) if part in parts else ():
+            record["rows"].append(row)
+            print({key: value for key, value in row.items() if key != "kernels"}, file=sys.stderr, flush=True)
+            write_json(out.with_suffix(".json"), record)  # each time: who measures may be stopped
+            out.with_suffix(".md").write_text(head + "\n".join(lines(record["rows"])) + "\n", encoding="utf-8")
     return 0
+
+
+def name_of(gpu: Gpu) -> str:
+    """Return what the device is called."""
+    return torch.cuda.get_device_name(gpu.device) if gpu.is_gpu else "a CPU"
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ class Suite:
         processes: int = 1,
         may_be_unfit: bool = False,
         script: str | None = None,
+        record: Path | None = None,
     ) -> Step:
         """Run a command whose standard output is one JSON document.
 
@@ -95,6 +96,7 @@ class Suite:
             requires: a package; without it the step is skipped.
             needs: a file of an earlier step; without it the step is skipped.
             script: of this folder, which is run in the place of `txl`.
+            record: the file that the JSON document is written to instead, also by a command that is stopped.
             may_be_unfit: that this machine cannot do it (exit code 3) is no failure. An engine that was built and does not run is one.
         """
         if requires is not None and importlib.util.find_spec(requires) is None:
@@ -116,13 +118,16 @@ class Suite:
                 check=False,
             )
         except subprocess.TimeoutExpired:
+            result = json.loads(record.read_text(encoding="utf-8")) if record is not None and record.exists() else None
             if limit_s < STEP_TIMEOUT_S:
-                return self._keep(Step(name, "skipped", "the time that `--minutes` gives was over before it ended", command, limit_s))
-            return self._keep(Step(name, "failed", f"took more than {STEP_TIMEOUT_S} s", command, STEP_TIMEOUT_S))
+                return self._keep(
+                    Step(name, "skipped", "the time that `--minutes` gives was over before it ended", command, limit_s, result)
+                )
+            return self._keep(Step(name, "failed", f"took more than {STEP_TIMEOUT_S} s", command, STEP_TIMEOUT_S, result))
         seconds = time.perf_counter() - start
         try:
-            result = json.loads(finished.stdout)
-        except ValueError:
+            result = json.loads(finished.stdout if record is None else record.read_text(encoding="utf-8"))
+        except (ValueError, OSError):
             result = None
         if finished.returncode == 0:
             return self._keep(Step(name, "done", "", command, seconds, result))
@@ -141,14 +146,17 @@ class Suite:
             reason = "no GPU asked for" if self.plan.device == "cpu" else "the package pytest is not installed"
             self._keep(Step("tests that need a GPU", "skipped", reason))
             return
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
-        start = time.perf_counter()
-        finished = subprocess.run(
-            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=STEP_TIMEOUT_S, check=False
-        )
-        summary = finished.stdout.strip().splitlines()[-1:] or [finished.stderr.strip()[-300:]]
-        status = "done" if finished.returncode == 0 else "failed"
-        self._keep(Step("tests that need a GPU", status, summary[0], command[1:], time.perf_counter() - start))
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/deploy"]
+        start, limit_s = time.perf_counter(), self._seconds_left()
+        try:
+            finished = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=limit_s, check=False)
+        except subprocess.TimeoutExpired:
+            self._keep(Step("tests that need a GPU", "failed", f"took more than {limit_s:.0f} s", command[1:], limit_s))
+            return
+        lines = finished.stdout.strip().splitlines() or finished.stderr.strip().splitlines() or [""]
+        failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        status, seconds = "done" if finished.returncode == 0 else "failed", time.perf_counter() - start
+        self._keep(Step("tests that need a GPU", status, lines[-1], command[1:], seconds, {"failures": failures} if failures else None))
 
     def _keep(self, step: Step) -> Step:
         print(f"{step.status:>8}  {step.seconds:6.1f} s  {step.name}  {step.reason}", file=sys.stderr, flush=True)
@@ -161,8 +169,9 @@ class Suite:
         if "tests" in parts:
             self.run_tests()
         if "profile" in parts:
-            options = ["--device", self.plan.device, "--json", *([] if self.plan.goals_apply else ["--quick"])]
-            self.run("profile of the steps", options, script="gpu_profile.py")
+            out, quick = self.work / "profile.json", [] if self.plan.goals_apply else ["--quick"]
+            options = ["--device", self.plan.device, "--parts", "inference,training", "--out", str(out), *quick]
+            self.run("profile of the steps", options, script="gpu_profile.py", record=out)
         if "training" in parts or "inference" in parts:
             self.run_trainings(self.plan.trainings[:1])
         if "inference" in parts:
@@ -307,6 +316,7 @@ def main() -> int:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"argument --parts: {sorted(unknown)[0]!r} is none of {', '.join(PARTS)}")
     import torch
+    from gpu_profile import lines as profile_lines
 
     from txl_deploy.bench.environment import describe_environment
 
@@ -335,7 +345,8 @@ def main() -> int:
     record["goals"] = [asdict(goal) for goal in judged]
     text = json.dumps({**record, "steps": [asdict(step) for step in suite.steps]}, indent=1).replace(folder, "WORK")
     (arguments.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    table = "\n".join([*goal_lines(judged), "", *summary_lines(suite.steps)]).replace(folder, "WORK")
+    profiled = next((step.result["rows"] for step in suite.steps if step.name == "profile of the steps" and step.result), [])
+    table = "\n".join([*goal_lines(judged), "", *summary_lines(suite.steps), *profile_lines(profiled)]).replace(folder, "WORK")
     head = f"# GPU suite on {device_name}, {today:%Y-%m-%d}\n\nMade by `python benchmarks/gpu_suite.py`; all figures: `{name}.json`.\n\n"
     (arguments.out / f"{name}.md").write_text(head + table + "\n", encoding="utf-8")
     print(arguments.out / f"{name}.md")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ def child_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "CI": "true", **changes}
 
 
-def device_slug(gpu_name: str | None, cores: int | None) -> str:
-    """Return what a record's file name calls the device: the GPU's name, or cpu and its number of cores."""
-    return re.sub("[^a-z0-9]+", "-", gpu_name.lower()).strip("-") if gpu_name else f"cpu{cores or ''}"
+def device_slug(gpu_name: str | None, cores: int | None, extensions: Sequence[str] = ("avx512f",)) -> str:
+    """Return what a record's file name calls the device: the GPU's name, or cpu and its number of cores, and if it has AVX2 at most, that."""
+    if gpu_name:
+        return re.sub("[^a-z0-9]+", "-", gpu_name.lower()).strip("-")
+    return f"cpu{cores or ''}{'-avx2' if 'avx2' in extensions and 'avx512f' not in extensions else ''}"
 
 
 def without_folders(value: Any) -> Any:

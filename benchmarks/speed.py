@@ -309,7 +309,8 @@ def main() -> int:
             environment = describe_environment(threads=workload.threads, device="cpu")
             measured = bench.measure(workload, with_profile=arguments.profile)
             verdicts = judge(workload, measured)
-            stem = f"{workload.name}_{device_slug(None, environment.get('cores_usable'))}_{datetime.date.today():%Y%m}"
+            device = device_slug(None, environment.get("cores_usable"), environment.get("cpu_extensions", ()))
+            stem = f"{workload.name}_{device}_{datetime.date.today():%Y%m}"
             print(write_record(arguments.out / stem, workload, measured, verdicts, environment))
             missed |= any("MISSED" in goal for verdict in verdicts for goal in verdict.goals())
     except TxlError as error:

@@ -55,6 +55,13 @@ def test_the_suite_runs_on_a_cpu_and_records_every_step(tmp_path: Path) -> None:
         rows = steps[f"against the reference, fp32, batch {size}, exports too"]["result"]["rows"]
         assert {row["batch_size"] for row in rows} == {size}
         assert all(row["verified"] for row in rows)
+    profiled = steps["profile of the steps"]["result"]["rows"]
+    assert [(row["what"], row["name"]) for row in profiled if row["batch_size"] == 2] == [
+        *(("inference", name) for name in ("ours", "ours, plain", "reference")),
+        *(("training", name) for name in ("ours", "reference")),
+    ]
+    assert all(row["kernels"]["longest"] for row in profiled)
+    assert max(row["largest_difference_to_plain_nats"] for row in profiled if row["name"] == "ours" and row["what"] == "inference") < 1e-4
     goals = json.loads(text)["goals"]
     assert len(goals) == 5
     assert all(goal["outcome"].startswith("not measured: ") for goal in goals)
@@ -64,6 +71,7 @@ def test_the_suite_runs_on_a_cpu_and_records_every_step(tmp_path: Path) -> None:
     table = next(tmp_path.glob("*.md")).read_text()
     assert "| latency table, fp32 | done |" in table
     assert "| bf16 follows fp32 | " in table
+    assert "**inference, reference, fp32, batch 2**" in table
     assert all(folder not in text + table for folder in (str(BENCHMARKS.parent), "/txl-gpu-suite-"))
 
 
@@ -245,10 +253,10 @@ def test_the_goal_of_training_is_twice_the_throughput_at_equal_loss(
         return gpu_tables.Step(name, "done", result={"measured": {"tokens_per_s": rate, "model_flops_utilisation": 0.25}})
 
     steps = [
-        trained("train fp16, batch 32", own_rate),
+        trained("train fp16, compiled, batch 32", own_rate),
         trained("train reference in fp16, batch 32", 1000.0),
-        gpu_tables.Step("reference in fp16 follows fp16", status, "the losses differ"),
-        gpu_tables.Step("train bf16, batch 256", "skipped", "out of memory"),
+        gpu_tables.Step("reference in fp16 follows fp16, compiled", status, "the losses differ"),
+        gpu_tables.Step("train bf16, compiled, batch 256", "skipped", "out of memory"),
     ]
     found = outcomes(monkeypatch, steps)
     measured, judged = found["training in fp16, batch 32, against the reference's step", "tokens/s at least 2 x at equal loss"]

@@ -234,6 +234,7 @@ def _place(stepper: Stepper, input_ids_BQ: Tensor, target_ids_BT: Tensor, memory
     module = getattr(stepper, "step_module", None)
     if not isinstance(module, torch.nn.Module):
         return None
+    again = getattr(stepper, "step_in_modules", stepper.step)
     with contextlib.suppress(RuntimeError), watched(module) as found:
-        stepper.step(input_ids_BQ, target_ids_BT, memory)
+        again(input_ids_BQ, target_ids_BT, memory)
     return found[0] if found else None

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._triton import has_triton
 
 from tests.deploy.conftest import TGT_LEN, Exports
-from tests.support import small_config
+from tests.support import build_model, random_ids, small_config
 from txl_deploy.parity.rollout import compare, random_segments
+from txl_deploy.runtimes.eager import EagerRuntime
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact
+from txl_train.config import HeadKind, ModelConfig
+from txl_train.model.adaptive import cluster_rows
+from txl_train.optim.lamb import Lamb
+from txl_train.parallel import LossModule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -37,3 +45,93 @@ def _has_cuda_provider() -> bool:
     import onnxruntime
 
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def runtimes(config: ModelConfig, dtype: str = "fp32", tgt_len: int = 8) -> tuple[EagerRuntime, EagerRuntime]:
+    """The same model on the GPU in plain operations, and as a CUDA graph of kernels."""
+    if torch.cuda.get_device_capability() < (8, 0) or not has_triton():
+        pytest.skip("the kernels need a GPU of compute capability 8.0 or newer, and Triton")
+    model = build_model(config).cuda().eval()
+    plain, graphed = EagerRuntime(model, tgt_len=tgt_len, dtype=dtype, packed=False), EagerRuntime(model, tgt_len=tgt_len, dtype=dtype)
+    assert (plain.info.provider, graphed.info.provider) == ("eager", "cuda-graph")
+    return plain, graphed
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("changes", "tgt_len", "batch_size"),
+    [
+        ({"cutoffs": (5, 9, 16), "div_val": 2, "pre_lnorm": True}, 8, 3),
+        # several blocks of queries, keys and words in every kernel, far keys, and blocks for many streams
+        ({"vocab_size": 700, "cutoffs": (50, 200, 400), "n_head": 8, "mem_len": 320, "clamp_len": 40, "same_length": True}, 64, 16),
+    ],
+    ids=["small", "blocks"],
+)
+def test_the_graph_of_kernels_computes_what_plain_operations_do(changes: dict[str, Any], tgt_len: int, batch_size: int, dtype: str) -> None:
+    config = small_config(**{"d_head": 16, "d_model": 32, "mem_len": 24, **changes})
+    exact, graphed = runtimes(config, "fp32", tgt_len)
+    compared = [exact, graphed] if dtype == "fp32" else [exact, *runtimes(config, dtype, tgt_len)]
+    generator = torch.Generator().manual_seed(1)
+    # two chains of memories that take turns, longer than a ring has room for: each is captured, and each replayed
+    chains = [[runtime.initial_memory(batch_size) for runtime in compared] for _ in range(2)]
+    errors = [0.0, 0.0]
+    for step in range(24):
+        inputs, targets = (torch.randint(0, config.vocab_size, (batch_size, tgt_len), generator=generator).cuda() for _ in range(2))
+        chain = chains[step % 2 if step < 12 else 0]
+        found = [runtime.step(inputs, targets, memory) for runtime, memory in zip(compared, chain, strict=True)]
+        chain[:] = [output.memory for output in found]
+        assert torch.equal(found[-1].memory.length_B, found[0].memory.length_B)
+        if dtype == "fp32":
+            torch.testing.assert_close(found[1].nll_BT, found[0].nll_BT, rtol=5e-5, atol=5e-5)
+        else:
+            errors = [error + float((output.nll_BT - found[0].nll_BT).abs().mean()) for error, output in zip(errors, found[1:])]
+    assert errors[1] <= 1.5 * errors[0]  # in fp16, kernels are as near to fp32 as plain operations are
+
+
+@pytest.mark.parametrize("head", ["logits", "log_probs"])
+def test_the_graph_of_kernels_scores_next_words_too(head: HeadKind) -> None:
+    if torch.cuda.get_device_capability() < (8, 0) or not has_triton():
+        pytest.skip("the kernels need a GPU of compute capability 8.0 or newer, and Triton")
+    config = small_config(cutoffs=(5, 9), mem_len=12)
+    model = build_model(config).cuda().eval()
+    pair = [EagerRuntime(model, tgt_len=1, head=head, packed=packed) for packed in (False, True)]
+    memories = [runtime.initial_memory(2) for runtime in pair]
+    for step in range(30):
+        inputs = torch.tensor([[step % 23], [(3 * step) % 23]], device="cuda")
+        found = [runtime.next_token(inputs, memory) for runtime, memory in zip(pair, memories, strict=True)]
+        memories = [output.memory for output in found]
+        torch.testing.assert_close(found[1].scores_BV, found[0].scores_BV, rtol=0, atol=2e-5)
+
+
+def test_lamb_in_kernels_moves_weights_as_lamb_in_plain_operations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5,), (300, 401), (1 << 16,), (3, 3), (1,)]
+    plain = [torch.nn.Parameter(torch.randn(shape, generator=generator).cuda()) for shape in shapes]
+    own = copy.deepcopy(plain)
+    optimizers = [Lamb(plain, lr=0.1, foreach=True, weight_decay=0.01), Lamb(own, lr=0.1, weight_decay=0.01)]
+    for _ in range(4):
+        for weight, twin in zip(plain, own, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator).cuda()
+            twin.grad = weight.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for weight, twin in zip(plain, own, strict=True):
+        torch.testing.assert_close(twin, weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns of itself, and of TF32, which is off on purpose
+def test_compiled_training_on_the_gpu_has_the_gradients_of_plain_training() -> None:
+    config = small_config(cutoffs=(5, 9, 16), d_model=32, d_head=16, dropout=0.0)
+    model = build_model(config).cuda().train()
+    inputs, targets = (torch.from_numpy(random_ids(config, 4, 8)).cuda() for _ in range(2))
+    gradients = []
+    for compiled in (False, True):
+        model.zero_grad(set_to_none=True)
+        rows = cluster_rows(targets.reshape(-1), model.head.cluster_ends)
+        counted = torch.ones_like(targets, dtype=torch.bool)
+        loss, _ = LossModule(model, compiled=compiled)(inputs, targets, counted, rows, model.initial_memory(4))
+        loss.backward()
+        gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))

@@ -207,7 +207,8 @@ def measure_peak(device: str, compute: str, threads: int | None = None) -> Peak:
     Args:
         device: `cpu`, `cuda:0`, …
         compute: type of the products: fp32, tf32, fp16, bf16 or int8. A step of int8 multiplies in fp32 too, in attention, so its share
-            of a peak of int8 is what it would be if all of it were int8: less than what is possible.
+            of a peak of int8 is what it would be if all of it were int8: less than what is possible. Its peak is that of fp32 if that is
+            larger, as on a CPU without instructions for int8; there a runtime may still do better with its own.
         threads: CPU threads; None means PyTorch's present number.
 
     Raises:
@@ -222,7 +223,10 @@ def measure_peak(device: str, compute: str, threads: int | None = None) -> Peak:
 def _measured(device: str, compute: str, threads: int) -> Peak:
     where = torch.device(device)
     with _threads(threads), _rounding(compute), torch.inference_mode():
-        peak = Peak(measured_peak_flops(where, _TORCH_TYPES[compute]), _copy_rate(where))
+        flops = measured_peak_flops(where, _TORCH_TYPES[compute])
+        if compute == "int8":  # where PyTorch has no instructions for it, fp32 is faster, and as good as int8 can be had
+            flops = max(flops, measured_peak_flops(where, torch.float32))
+        peak = Peak(flops, _copy_rate(where))
     if where.type == "cuda":
         torch.cuda.empty_cache()
     return peak

@@ -14,6 +14,7 @@ from txl_deploy.runtimes.graph import ModuleRuntime
 from txl_deploy.runtimes.window import Windows
 from txl_train.config import HeadKind, MemoryKind, ModelConfig
 from txl_train.evaluate import StepOutput
+from txl_train.model.adaptive import cluster_rows
 from txl_train.model.inference import STEPS, FixedStep
 from txl_train.model.memory import Memory
 from txl_train.model.packed import can_pack, in_packs, pack_step
@@ -90,14 +91,20 @@ class EagerRuntime(ModuleRuntime):
         """Score one segment."""
         if self._rings is None or self._info.head != "nll":
             return super().step(input_ids_BQ, target_ids_BT, memory)
-        check_shapes(self._info, {"input_ids": input_ids_BQ, "target_ids": target_ids_BT}, memory, states_too=not self._rings.knows(memory))
-        return StepOutput(*self._rings.run(input_ids_BQ, target_ids_BT, memory))
+        lane = self._rings.lane_of(memory)
+        check_shapes(self._info, {"input_ids": input_ids_BQ, "target_ids": target_ids_BT}, memory, states_too=lane is None)
+        return StepOutput(*self._rings.run(input_ids_BQ, target_ids_BT, memory, lane))
+
+    def step_in_modules(self, input_ids_BQ: Tensor, target_ids_BT: Tensor, memory: Memory) -> StepOutput:
+        """Score one segment by calling the modules of `step_module`, slowly on a GPU: for who looks at what each of them yields."""
+        rows = cluster_rows(target_ids_BT.reshape(-1), self._cluster_ends)
+        return StepOutput(*super().run(input_ids_BQ, target_ids_BT, rows, memory))
 
     @torch.inference_mode()
     def run(self, input_ids_BQ: Tensor, target_ids_BT: Tensor | None, rows: list[Tensor], memory: Memory) -> tuple[Tensor, Memory]:
         """Call the step; its keys and values are written behind those of the memory where there is room."""
         if self._rings is not None:
-            return self._rings.run(input_ids_BQ, target_ids_BT, memory)
+            return self._rings.run(input_ids_BQ, target_ids_BT, memory, self._rings.lane_of(memory))
         if self._windows is None:
             return super().run(input_ids_BQ, target_ids_BT, rows, memory)
         store, start, states = self._windows.with_room(memory)
@@ -131,6 +138,6 @@ def _has_kernels_for(step: FixedStep, device: torch.device) -> bool:
 
     if torch.cuda.get_device_capability(device) < (8, 0) or not has_triton():
         return False
-    from txl_train.model.fused import can_fuse
+    from txl_train.model import fused, kernels
 
-    return can_fuse(step)
+    return fused.can_fuse(step) and kernels.work_on(device)

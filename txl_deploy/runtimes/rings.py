@@ -3,12 +3,15 @@
 The step (`model.fused`) reads and writes a ring of keys and values, whose address never changes, so it is captured once and replayed.
 Each chain of memories lies in a ring of its own; a memory that came from elsewhere, or was continued before, is copied into one that
 nobody looks at any more. What a step returns are views of its ring: they are valid until the step after the next one that continues
-them, and a memory that was overwritten is refused.
+them, and a memory that was overwritten is refused (as a whole: slices of it are taken for what they hold).
 """
 
 # Shape suffixes: B batch, T tgt_len, Q ext_len + tgt_len
 
 from __future__ import annotations
+
+import contextlib
+import gc
 
 import torch
 from torch import Tensor
@@ -60,27 +63,44 @@ class Rings:
         self._lanes: list[_Lane] = []
         self._known = WeakTensorKeyDictionary()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def knows(self, memory: Memory) -> bool:
-        """Return whether a memory is as the last step on it has returned it, so that its shapes need no check."""
+    def lane_of(self, memory: Memory) -> _Lane | None:
+        """Return the ring that a memory lies in and can be continued in, if it is as the last step on it has returned it; else None.
+
+        Raises:
+            UsageError: it lies in a ring and was overwritten.
+        """
         found: tuple[_Lane, int] | None = self._known.get(memory.states[0]) if memory.states else None  # type: ignore[no-untyped-call]
-        return found is not None and found[0].written == found[1] and found[0].holds(memory.states)
+        if found is None:
+            return None
+        lane, written = found
+        if lane.written > written + 1:
+            raise UsageError(
+                "This memory has been overwritten: it was valid until the step after the next one that continued it.",
+                remedy="Clone the tensors of a memory that is kept for longer.",
+            )
+        return lane if lane.written == written and lane.holds(memory.states) else None
 
     @torch.inference_mode()
-    def run(self, input_ids_BQ: Tensor, target_ids_BT: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
-        """Return what the head yields, and the memory for the next segment."""
-        lane, step = self._lane(memory), self._step
+    def run(self, input_ids_BQ: Tensor, target_ids_BT: Tensor | None, memory: Memory, lane: _Lane | None = None) -> tuple[Tensor, Memory]:
+        """Return what the head yields, and the memory for the next segment; `lane` is what `lane_of` says of this memory."""
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+            return self._run(input_ids_BQ, target_ids_BT, memory, lane or self._loaded(memory))
+
+    def _run(self, input_ids_BQ: Tensor, target_ids_BT: Tensor | None, memory: Memory, lane: _Lane) -> tuple[Tensor, Memory]:
+        step = self._step
         places, given = [lane.ids_BQ, lane.ring.length_B], [input_ids_BQ, memory.length_B]
         if target_ids_BT is not None:
             places, given = [*places, lane.targets_BT], [*given, target_ids_BT]
         torch._foreach_copy_(places, given)
+        if lane.graph is None and lane.written > 0 and self._stream is not None:  # the first step compiles kernels, which no graph can hold
+            self._capture(lane)
         if lane.graph is not None:
             lane.graph.replay()
             result = lane.result
-        elif lane.written == 0 or self._pool is None:  # the first step compiles kernels, which no graph can hold
-            result = self._fused(lane.ids_BQ, lane.targets_BT, lane.ring)
         else:
-            result = self._capture(lane)
+            result = self._fused(lane.ids_BQ, lane.targets_BT, lane.ring)
         assert result is not None
         lane.written += 1
         lane.start = (lane.start + step.tgt_len) % lane.ring.n_slot
@@ -89,26 +109,32 @@ class Rings:
         self._known[states[0]] = (lane, lane.written)
         return result.clone(), Memory(states, lane.ring.length_B.clone())  # the graph writes there again
 
-    def _capture(self, lane: _Lane) -> Tensor:
-        lane.graph = graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            lane.result = self._fused(lane.ids_BQ, lane.targets_BT, lane.ring)
-        graph.replay()
-        return lane.result
+    def _capture(self, lane: _Lane) -> None:
+        """Make the graph of a ring, without running it.
 
-    def _lane(self, memory: Memory) -> _Lane:
-        """Return the ring that the memory lies in and can be continued in; or one that it has been copied into."""
-        found: tuple[_Lane, int] | None = self._known.get(memory.states[0])  # type: ignore[no-untyped-call]
-        if found is not None:
-            lane, written = found
-            if lane.written == written and lane.holds(memory.states):
-                return lane
-            if lane.written > written + 1:
-                raise UsageError(
-                    "This memory has been overwritten: it was valid until the step after the next one that continued it.",
-                    remedy="Clone the tensors of a memory that is kept for longer.",
-                )
-        lane = self._free_lane(memory.states[0].shape[0])
+        On a stream of our own: what cuBLAS works in belongs to a stream, and others would give it back. With no garbage collected
+        meanwhile, which may free what must not be freed within a capture.
+        """
+        graph = torch.cuda.CUDAGraph()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = self._fused(lane.ids_BQ, lane.targets_BT, lane.ring)
+        finally:
+            if collects:
+                gc.enable()
+        lane.graph, lane.result = graph, result
+
+    def _loaded(self, memory: Memory) -> _Lane:
+        """Return a ring that a memory has been copied into."""
+        batch_size = memory.states[0].shape[0]
+        try:
+            lane = self._free_lane(batch_size)
+        except torch.OutOfMemoryError:
+            self._lanes = [lane for lane in self._lanes if not lane.is_free]
+            torch.cuda.empty_cache()
+            lane = self._free_lane(batch_size)
         lane.newest, lane.start = (), 0
         lane.ring.load(memory.states, memory.length_B)
         return lane

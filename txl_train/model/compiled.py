@@ -10,7 +10,9 @@ is: embeddings, and the choice of the targets in tail clusters.
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class CompiledDecoder(Decoder):
 
     def __init__(self, layers: nn.ModuleList, *, dynamic: bool) -> None:
         super().__init__(layers)
-        self._step: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_layer_step, dynamic=dynamic)
+        self._step: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_own(_layer_step), dynamic=dynamic)
 
     def forward(
         self, x_BQD: Tensor, states: list[Tensor], position_terms: list[Tensor], visible_B1QK: Tensor, kv_memory: bool, ext_len: int
@@ -72,8 +74,8 @@ class CompiledLogSoftmax(AdaptiveLogSoftmax):
     def __init__(self, plain: AdaptiveLogSoftmax, *, dynamic: bool) -> None:
         nn.Module.__init__(self)
         self.__dict__.update({name: copy.copy(value) for name, value in plain.__dict__.items()})
-        self._head: Callable[..., Tensor] = torch.compile(AdaptiveLogSoftmax.head_nll, dynamic=dynamic)
-        self._tail: Callable[..., Tensor] = torch.compile(AdaptiveLogSoftmax.tail_nll, dynamic=True)
+        self._head: Callable[..., Tensor] = torch.compile(_own(AdaptiveLogSoftmax.head_nll), dynamic=dynamic)
+        self._tail: Callable[..., Tensor] = torch.compile(_own(AdaptiveLogSoftmax.tail_nll), dynamic=True)
 
     def head_nll(self, hidden_ND: Tensor, target_ids_N: Tensor, weight_VW: Tensor, bias_V: Tensor) -> Tensor:
         """As `AdaptiveLogSoftmax.head_nll`."""
@@ -84,3 +86,11 @@ class CompiledLogSoftmax(AdaptiveLogSoftmax):
         if hidden_RD.shape[0] < 2:
             return super().tail_nll(hidden_RD, target_ids_R, cluster, weight_VW, bias_V)
         return self._tail(self, hidden_RD, target_ids_R, cluster, weight_VW, bias_V)
+
+
+def _own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with code of its own: PyTorch keeps what it compiled by the code, for all copies of a model, and has a limit."""
+    assert isinstance(function, types.FunctionType)
+    return types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )

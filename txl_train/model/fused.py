@@ -25,9 +25,14 @@ from txl_train.model.transformer_xl import DecoderLayer
 
 
 def can_fuse(step: FixedStep) -> bool:
-    """Return whether the kernels compute what this step does: relative attention over a memory of keys and values."""
+    """Return whether the kernels compute what this step does: relative attention over a memory of keys and values of the step's type."""
     layers = [layer for layer in step.decoder.layers if isinstance(layer, DecoderLayer)]
-    return step.kv_memory and step.mem_len > 0 and all(isinstance(layer.attention, RelativeAttention) for layer in layers)
+    return (
+        step.kv_memory
+        and step.memory_dtype == step.dtype
+        and step.mem_len > 0
+        and all(isinstance(layer.attention, RelativeAttention) for layer in layers)
+    )
 
 
 @dataclass
@@ -85,7 +90,8 @@ class FusedLayers:
         config, n_query = step.config, step.ext_len + step.tgt_len
         self._layers = [layer for layer in step.decoder.layers if isinstance(layer, DecoderLayer)]
         key_len = step.mem_len + n_query
-        self._terms = [_aligned(nearer(term, config.clamp_len, n_query), key_len) for term in step.position_terms]
+        terms = [aligned(nearer(term, config.clamp_len, n_query), key_len) for term in step.position_terms]
+        self._terms_HCE = [term_HEC.transpose(1, 2).contiguous() for term_HEC in terms]
         self._table = whole_table(list(step.embedding.weights)) if not step.embedding.has_projections else None
         self._scale = config.d_head**-0.5
 
@@ -119,8 +125,9 @@ class FusedLayers:
         assert isinstance(attention, RelativeAttention)
         qkv_NW = F.linear(half_ND, attention.qkv.weight)
         states = ring.states[2 * n : 2 * n + 2]
-        queries_HNE = kernels.keep(qkv_NW, attention.position_bias, states, ring.start, n_query, step.mem_len, self._scale)
-        by_distance_HNC = kernels.score_distances(queries_HNE, self._terms[n], n_query, step.mem_len + n_query)
+        kernels.keep(qkv_NW, states, ring.start, n_query, step.mem_len)
+        key_len = step.mem_len + n_query
+        by_distance_HNC = kernels.score_distances(qkv_NW, attention.position_bias, self._terms_HCE[n], n_query, key_len, self._scale)
         mixed_NW = kernels.attend(
             qkv_NW,
             attention.content_bias,
@@ -213,7 +220,7 @@ class _Group:
     first_tiles: Tensor
 
 
-def _aligned(term_HEC: Tensor, key_len: int) -> Tensor:
+def aligned(term_HEC: Tensor, key_len: int) -> Tensor:
     """Return encoded distances with up to seven farther ones before them, of nothing, if these make their number 1 mod 8."""
     n_alike = key_len + 1 - term_HEC.shape[2]
     more = (n_alike - key_len) % 8

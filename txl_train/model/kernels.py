@@ -1,4 +1,4 @@
-"""Triton kernels of the step on a GPU: what lies between its matrix products, each of them in one pass over its data.
+"""Triton kernels of the step on a GPU: what lies between its large matrix products, each of them in one pass over its data.
 
 Every kernel has one function that launches it and says what it computes; `fused` calls these, and tests hold them against the same step
 in plain PyTorch (`inference.FixedStep`), on a CPU through Triton's interpreter. Sums, exponentials and normalisations are float32 whatever
@@ -10,10 +10,15 @@ the type of the operands is. The only file that imports triton.
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+
+_LOG = logging.getLogger(__name__)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -21,22 +26,24 @@ LEAST = tl.constexpr(-1e30)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _embed(ids, table, scale, x, half, D, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _embed(ids, table, scale, x, half, V, D, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     inside = d < D
     token = tl.load(ids + row)
-    values = tl.load(table + token * D + d, mask=inside, other=0.0).to(tl.float32) * scale
+    is_word = (token >= 0) & (token < V)
+    values = tl.load(table + tl.where(is_word, token, 0) * D + d, mask=inside, other=0.0).to(tl.float32) * scale
+    values = tl.where(is_word, values, float("nan"))
     tl.store(x + row * D + d, values, mask=inside)
     tl.store(half + row * D + d, values.to(half.dtype.element_ty), mask=inside)
 
 
 def embed(ids_BQ: Tensor, table_VD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the scaled embeddings of tokens [N, D], in float32 and in the type of the table."""
+    """Return the scaled embeddings of tokens [N, D], in float32 and in the type of the table; of what is no word's id, nan."""
     N, D = ids_BQ.numel(), table_VD.shape[1]
     x_ND = torch.empty(N, D, dtype=torch.float32, device=ids_BQ.device)
     half_ND = torch.empty(N, D, dtype=table_VD.dtype, device=ids_BQ.device)
-    _embed[(N,)](ids_BQ, table_VD, scale, x_ND, half_ND, D, BLOCK=triton.next_power_of_2(D))
+    _embed[(N,)](ids_BQ, table_VD, scale, x_ND, half_ND, len(table_VD), D, BLOCK=triton.next_power_of_2(D))
     return x_ND, half_ND
 
 
@@ -64,30 +71,24 @@ def add_norm(x_ND: Tensor, more_ND: Tensor, norm: nn.LayerNorm, *, keeps_sum: bo
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _keep(  # type: ignore[no-untyped-def]
-    qkv, position_bias, key, value, start, queries, stride_b, stride_h, scale, N, Q, M, S, H, E, BLOCK: tl.constexpr
-):
+def _keep(qkv, key, value, start, stride_b, stride_h, Q, M, S, H, E, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     b, i = row // Q, row % Q
     w = tl.arange(0, BLOCK)
     W = H * E
     inside = w < W
-    head, e = w // E, w % E
     slot = (tl.load(start) + M + i) % S
-    place = b.to(tl.int64) * stride_b + head * stride_h + slot * E + e
+    place = b.to(tl.int64) * stride_b + (w // E) * stride_h + slot * E + w % E
     kept = tl.load(qkv + row * 3 * W + W + w, mask=inside, other=0.0)
-    tl.store(key + place, kept.to(key.dtype.element_ty), mask=inside)
-    tl.store(key + place + S * E, kept.to(key.dtype.element_ty), mask=inside)
+    tl.store(key + place, kept, mask=inside)
+    tl.store(key + place + S * E, kept, mask=inside)
     kept = tl.load(qkv + row * 3 * W + 2 * W + w, mask=inside, other=0.0)
-    tl.store(value + place, kept.to(value.dtype.element_ty), mask=inside)
-    tl.store(value + place + S * E, kept.to(value.dtype.element_ty), mask=inside)
-    query = tl.load(qkv + row * 3 * W + w, mask=inside, other=0.0).to(tl.float32)
-    query = (query + tl.load(position_bias + w, mask=inside, other=0.0).to(tl.float32)) * scale
-    tl.store(queries + (head * N + row) * E + e, query.to(queries.dtype.element_ty), mask=inside)
+    tl.store(value + place, kept, mask=inside)
+    tl.store(value + place + S * E, kept, mask=inside)
 
 
-def keep(qkv_NW: Tensor, position_bias_HE: Tensor, ring_2BHSE: Tensor, start: Tensor, n_query: int, mem_len: int, scale: float) -> Tensor:
-    """Write the keys and values of a segment into a ring, at both places of each slot, and return the queries for distances [H, N, E].
+def keep(qkv_NW: Tensor, ring_2BHSE: Tensor, start: Tensor, n_query: int, mem_len: int) -> None:
+    """Write the keys and values of a segment into a ring, at both places of each slot.
 
     Args:
         qkv_NW: queries, keys and values of each token, [N, 3*W].
@@ -95,13 +96,75 @@ def keep(qkv_NW: Tensor, position_bias_HE: Tensor, ring_2BHSE: Tensor, start: Te
         start: int64 [1], the slot in which the memory begins, below S.
     """
     H, slots, E = ring_2BHSE.shape[2:]
-    N = qkv_NW.shape[0]
-    queries_HNE = torch.empty(H, N, E, dtype=qkv_NW.dtype, device=qkv_NW.device)
     key, value = ring_2BHSE[0], ring_2BHSE[1]
-    sizes = N, n_query, mem_len, slots // 2, H, E
+    sizes = n_query, mem_len, slots // 2, H, E
     block = triton.next_power_of_2(H * E)
-    _keep[(N,)](qkv_NW, position_bias_HE, key, value, start, queries_HNE, key.stride(0), key.stride(1), scale, *sizes, BLOCK=block)
-    return queries_HNE
+    _keep[(qkv_NW.shape[0],)](qkv_NW, key, value, start, key.stride(0), key.stride(1), *sizes, BLOCK=block)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _score_distances(  # type: ignore[no-untyped-def]
+    qkv,
+    position_bias,
+    term,
+    out,
+    scale,
+    first,
+    H,
+    N,
+    C,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    n, c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    h, e = tl.program_id(2), tl.arange(0, BLOCK_E)
+    is_row, is_column, is_width, W = n < N, c < C, e < E, H * E
+    query = tl.load(qkv + n[:, None] * (3 * W) + h * E + e[None, :], mask=is_row[:, None] & is_width[None, :], other=0.0)
+    bias = tl.load(position_bias + h * E + e, mask=is_width, other=0.0).to(tl.float32)
+    query = ((query.to(tl.float32) + bias[None, :]) * scale).to(query.dtype)
+    distances = tl.load(term + (h * C + c)[:, None] * E + e[None, :], mask=is_column[:, None] & is_width[None, :], other=0.0)
+    scores = tl.dot(query, tl.trans(distances), input_precision=PRECISION)
+    place = first + (h * N + n).to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(out + place, scores.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+MARGIN = 256
+"""Values before and after scores by distance that may be read, and mean nothing."""
+
+
+def score_distances(qkv_NW: Tensor, position_bias_HE: Tensor, term_HCE: Tensor, n_query: int, key_len: int, scale: float) -> Tensor:
+    """Return the scores by distance [H, N, C], (q + v)·r scaled, laid out for `attend`: a view of a larger tensor.
+
+    Where a key's score lies within its row differs by one from query to query. With C = 1 mod 8, and as many values before all rows as
+    `_shift` says, the scores of the first key of a block lie at a multiple of 16 bytes for every query (of float16), and are read as such.
+    No library multiplies fast into rows of such a length, so this is a kernel.
+
+    Args:
+        qkv_NW: queries, keys and values of each token, [N, 3*W].
+        term_HCE: encoded distances, the farthest first.
+    """
+    H, C, E = term_HCE.shape
+    N = qkv_NW.shape[0]
+    first = MARGIN + _shift(n_query, key_len, C)
+    room = torch.empty(first + H * N * C + MARGIN + key_len, dtype=qkv_NW.dtype, device=qkv_NW.device)
+    is_float = qkv_NW.dtype == torch.float32
+    block_n, block_c = (16, 32) if is_float else (64, 64)
+    _score_distances[(triton.cdiv(N, block_n), triton.cdiv(C, block_c), H)](
+        *(qkv_NW, position_bias_HE, term_HCE, room, scale, first, H, N, C),
+        E=E,
+        BLOCK_E=max(16, triton.next_power_of_2(E)),
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        PRECISION="ieee" if is_float else "tf32",
+    )
+    return room[first : first + H * N * C].view(H, N, C)
+
+
+def _shift(n_query: int, key_len: int, n_column: int) -> int:
+    return (key_len - n_column + 1 - (n_query - 1)) % 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -177,27 +240,6 @@ def _attend(  # type: ignore[no-untyped-def]
             largest = larger
     mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]  # an extension before the stream's beginning sees nothing
     tl.store(out + row[:, None] * W + h * E + e[None, :], mixed.to(out.dtype.element_ty), mask=is_query[:, None] & is_width[None, :])
-
-
-MARGIN = 256
-"""Values before and after scores by distance that may be read, and mean nothing."""
-
-
-def score_distances(queries_HNE: Tensor, term_HEC: Tensor, n_query: int, key_len: int) -> Tensor:
-    """Return the scores by distance [H, N, C], laid out for `attend`: a view of a larger tensor.
-    Where a key's score lies within its row differs by one from query to query. With C = 1 mod 8, and as many values before all rows as
-    `_shift` says, the scores of the first key of a block lie at a multiple of 16 bytes for every query (of float16), and are read as such.
-    says, the scores of the first key of a block lie at a multiple of 16 bytes for every query (of float16), and are read as such.
-    """
-    H, N, _ = queries_HNE.shape
-    C = term_HEC.shape[2]
-    first = MARGIN + _shift(n_query, key_len, C)
-    room = torch.empty(first + H * N * C + MARGIN + key_len, dtype=queries_HNE.dtype, device=queries_HNE.device)
-    return torch.bmm(queries_HNE, term_HEC, out=room[first : first + H * N * C].view(H, N, C))
-
-
-def _shift(n_query: int, key_len: int, n_column: int) -> int:
-    return (key_len - n_column + 1 - (n_query - 1)) % 8
 
 
 def attend_blocks(dtype: torch.dtype, n_head: int, n_query: int, d_head: int) -> tuple[int, ...]:
@@ -289,11 +331,17 @@ def _head_nll(scores, targets, lows, nll, V, n_word, n_cluster, BLOCK: tl.conste
     c = tl.arange(0, BLOCK_C)
     cluster = tl.sum((target >= tl.load(lows + c, mask=c < n_cluster, other=2**40)).to(tl.int64), axis=0)
     column = tl.where(target < n_word, target, n_word + cluster - 1)
-    tl.store(nll + n, normaliser - tl.load(line + column).to(tl.float32))
+    is_word = (target >= 0) & (target < tl.load(lows + n_cluster))
+    chosen = tl.load(line + tl.where(is_word, column, 0)).to(tl.float32)
+    tl.store(nll + n, tl.where(is_word, normaliser - chosen, float("nan")))
+
+
+SUMMED = 4096
+"""Scores of a token that are summed up together."""
 
 
 def head_nll(scores_NV: Tensor, target_ids_N: Tensor, lows: Tensor, n_word: int) -> Tensor:
-    """Return −log p, nats, float32 [N], of the target, or of its tail cluster if it lies in one.
+    """Return −log p, nats, float32 [N], of the target, or of its tail cluster if it lies in one; of what is no word's id, nan.
 
     Args:
         scores_NV: those of the shortlist's `n_word` words, and then of the tail clusters.
@@ -302,7 +350,7 @@ def head_nll(scores_NV: Tensor, target_ids_N: Tensor, lows: Tensor, n_word: int)
     N, V = scores_NV.shape
     nll_N = torch.empty(N, dtype=torch.float32, device=scores_NV.device)
     n_cluster = len(lows) - 1
-    blocks = {"BLOCK": min(4096, triton.next_power_of_2(V)), "BLOCK_C": triton.next_power_of_2(max(1, n_cluster))}
+    blocks = {"BLOCK": SUMMED, "BLOCK_C": triton.next_power_of_2(max(1, n_cluster))}
     _head_nll[(N,)](scores_NV, target_ids_N, lows, nll_N, V, n_word, n_cluster, **blocks, num_warps=8)
     return nll_N
 
@@ -322,6 +370,10 @@ def _find_rows(targets, lows, rows, offsets, N, n_cluster, BLOCK: tl.constexpr):
     tl.store(offsets + n_cluster, found)
 
 
+SCANNED = 1024
+"""Targets that are looked at together."""
+
+
 def find_rows(target_ids_N: Tensor, lows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the positions of the targets in tail clusters, one cluster after the other, int32 [N], and where each cluster's begin.
 
@@ -330,7 +382,7 @@ def find_rows(target_ids_N: Tensor, lows: Tensor) -> tuple[Tensor, Tensor]:
     N, n_cluster = target_ids_N.shape[0], len(lows) - 1
     rows_N = torch.empty(N, dtype=torch.int32, device=lows.device)
     offsets = torch.empty(n_cluster + 1, dtype=torch.int32, device=lows.device)
-    _find_rows[(1,)](target_ids_N, lows, rows_N, offsets, N, n_cluster, BLOCK=min(2048, triton.next_power_of_2(N)), num_warps=8)
+    _find_rows[(1,)](target_ids_N, lows, rows_N, offsets, N, n_cluster, BLOCK=SCANNED, num_warps=8)
     return rows_N, offsets
 
 
@@ -479,3 +531,16 @@ def add_tail_nll(
     )
     last = {"BLOCK_V": TILE, "BLOCK_C": block_c, "BLOCK": triton.next_power_of_2(n_tile)}
     _add_tail_nll[(N,)](*common, largest, total, chosen, nll_N, first_cluster, len(sizes), n_tile, **last)
+
+
+@functools.cache
+def work_on(device: torch.device) -> bool:
+    """Return whether kernels can be compiled and run on a GPU: Triton needs a C compiler, and there may be none that works."""
+    length_B, start = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        with torch.cuda.device(device):
+            advance(length_B, start, 1, 1, 2)
+        return (int(length_B), int(start)) == (1, 1)
+    except Exception as error:  # of compilers, drivers and Triton itself, which have no base class in common
+        _LOG.warning("Triton's kernels cannot be used on %s, so plain operations are: %s", device, str(error).strip()[:300])
+        return False

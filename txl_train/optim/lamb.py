@@ -138,10 +138,8 @@ class Lamb(torch.optim.Optimizer):
 
     def _step_in_kernels(self, group: dict[str, Any], weights: list[Tensor]) -> bool:
         """Do as `_step_one` for many tensors of one GPU, and return True; or False if this cannot be done here."""
-        from torch.utils._triton import has_triton
-
         weights = [weight for weight in weights if weight.numel() > 0]
-        if weights and weights[0].device.type == "cuda" and not has_triton():
+        if weights and weights[0].is_cuda and not _has_kernels(weights[0].device):
             return False
         from txl_train.optim import lamb_kernels
 
@@ -202,6 +200,17 @@ class Lamb(torch.optim.Optimizer):
         update_norms = torch.stack(list(torch._foreach_norm(updates)))
         torch._foreach_mul_(updates, list((self._trust(group, weight_norms, update_norms) * group["lr"]).unbind()))
         torch._foreach_sub_(weights, updates)
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Return whether Triton is there and can compile for a GPU."""
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return False
+    from txl_train.optim import lamb_kernels
+
+    return lamb_kernels.work_on(device)
 
 
 def _update(group: dict[str, Any], weight: Tensor, mean: Tensor, square: Tensor, out: Tensor) -> Tensor:

@@ -209,6 +209,10 @@ def test_the_peak_is_plausible_measured_once_and_leaves_no_setting_behind(monkey
     roofline._measured.cache_clear()
 
 
+def test_the_peak_of_int8_is_no_less_than_that_of_fp32() -> None:
+    assert measure_peak("cpu", "int8", 1).flops > 0.8 * measure_peak("cpu", "fp32", 1).flops
+
+
 def test_int8_has_a_peak_of_its_own() -> None:
     assert 1e8 < measure_peak("cpu", "int8", 1).flops < 1e15
     roofline._measured.cache_clear()

@@ -22,6 +22,9 @@ FLOATS, LONGS, INTS = "*fp32", "*i64", "*i32"
 SIXTEENS = ("stride_b", "stride_h", "N", "Q", "M", "D")
 """Numbers that are multiples of 16 with the base model, which Triton makes use of."""
 
+ONES = {"B", "N", "H", "Q", "V", "n_cluster", "n_tile", "c0", "T"}
+"""Numbers that can be 1, which Triton makes a constant of."""
+
 Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 """A kernel, the types of its arguments, its constants and its options."""
 
@@ -37,20 +40,25 @@ def cases(operand: str) -> Iterator[Case]:
         for aligned in (True, False):
             sizes = {"E": 64, "BLOCK_E": 64, "BLOCK_Q": block_q, "BLOCK_K": block_k}
             yield kernels._attend, attend, {**sizes, "IS_ALIGNED": aligned, "PRECISION": precision}, {"num_warps": 4, "num_stages": 3}
-    embed = {"ids": LONGS, "table": operand, "scale": "fp32", "x": FLOATS, "half": operand, "D": "i32"}
+    embed = {"ids": LONGS, "table": operand, "scale": "fp32", "x": FLOATS, "half": operand, "V": "i32", "D": "i32"}
     yield kernels._embed, embed, {"BLOCK": 512}, {}
     norm = {"x": FLOATS, "more": operand, "weight": FLOATS, "bias": FLOATS, "out": FLOATS, "half": operand, "D": "i32", "eps": "fp32"}
     for keeps_sum in (True, False):
         yield kernels._add_norm, norm, {"KEEPS_SUM": keeps_sum, "BLOCK": 512}, {}
-    keep = dict.fromkeys(("qkv", "position_bias", "key", "value", "queries"), operand)
-    keep |= dict.fromkeys(("stride_b", "stride_h", "N", "Q", "M", "S", "H", "E"), "i32") | {"start": LONGS, "scale": "fp32"}
+    keep = dict.fromkeys(("qkv", "key", "value"), operand) | {"start": LONGS}
+    keep |= dict.fromkeys(("stride_b", "stride_h", "Q", "M", "S", "H", "E"), "i32")
     yield kernels._keep, keep, {"BLOCK": 512}, {}
+    distances = dict.fromkeys(("qkv", "position_bias", "term", "out"), operand) | {"scale": "fp32"}
+    distances |= dict.fromkeys(("first", "H", "N", "C"), "i32")
+    block_n, block_c = (16, 32) if exact else (64, 64)
+    sizes = {"E": 64, "BLOCK_E": 64, "BLOCK_N": block_n, "BLOCK_C": block_c}
+    yield kernels._score_distances, distances, {**sizes, "PRECISION": precision}, {}
     advance = {"length": LONGS, "start": LONGS, **dict.fromkeys(("B", "T", "most", "S"), "i32")}
     yield kernels._advance, advance, {"BLOCK": 32}, {}
     head = {"scores": operand, "targets": LONGS, "lows": LONGS, "nll": FLOATS, **dict.fromkeys(("V", "n_word", "n_cluster"), "i32")}
-    yield kernels._head_nll, head, {"BLOCK": 4096, "BLOCK_C": 4}, {"num_warps": 8}
+    yield kernels._head_nll, head, {"BLOCK": kernels.SUMMED, "BLOCK_C": 4}, {"num_warps": 8}
     found = {"targets": LONGS, "lows": LONGS, "rows": INTS, "offsets": INTS, "N": "i32", "n_cluster": "i32"}
-    yield kernels._find_rows, found, {"BLOCK": 2048}, {"num_warps": 8}
+    yield kernels._find_rows, found, {"BLOCK": kernels.SCANNED}, {"num_warps": 8}
     sums = dict.fromkeys(("largest", "total", "chosen"), FLOATS)
     places = {"targets": LONGS, "rows": INTS, "offsets": INTS, "lows": LONGS, "first_tiles": INTS}
     tail = dict.fromkeys(("hidden", "weight", "bias"), operand) | places | sums
@@ -75,7 +83,11 @@ def optimizer_cases() -> Iterator[Case]:
 def main() -> int:
     """Compile all for the compute capability that the first argument names (90 is 9.0)."""
     target, failed = GPUTarget("cuda", int(sys.argv[1]), 32), False
-    for kernel, types, constants, options in [*cases("*fp16"), *cases(FLOATS), *optimizer_cases()]:
+    of_base = [*cases("*fp16"), *cases(FLOATS), *optimizer_cases()]
+    of_least = [
+        (kernel, types, {**dict.fromkeys(ONES & set(types), 1), **constants}, options) for kernel, types, constants, options in of_base
+    ]
+    for kernel, types, constants, options in [*of_base, *of_least]:
         names = list(kernel.arg_names)
         signature = {name: "constexpr" if name in constants else types[name] for name in names}
         source = ASTSource(
@@ -83,13 +95,15 @@ def main() -> int:
             signature=signature,
             constexprs={(names.index(name),): value for name, value in constants.items()},
             attrs={
-                (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*") or name in SIXTEENS
+                (i,): [["tt.divisibility", 16]]
+                for i, name in enumerate(names)
+                if name not in constants and (types[name].startswith("*") or name in SIXTEENS)
             },
         )
         compiled = triton.compile(source, target=target, options=options)
         shared = compiled.metadata.shared
         told = f"{kernel.fn.__name__} {types.get('qkv', types.get('hidden', ''))} {constants}: {shared} bytes shared"
-        if constants.get("IS_ALIGNED") and "*fp16" in types.values():
+        if constants.get("IS_ALIGNED") and "*fp16" in types.values() and "N" not in constants:
             narrow = compiled.asm["ptx"].count("ld.global.b16")
             told += f", wide loads of distances: {narrow == 0}"
             failed |= narrow > 0

@@ -80,10 +80,41 @@ def test_the_fused_step_scores_as_the_plain_one(name: str) -> None:
 def test_it_does_where_scores_by_distance_are_aligned(dtype: torch.dtype) -> None:
     config = small_config(**ALIGNED)
     plain, fused = both(config, tgt_len=8, dtype=dtype)
-    terms = fused._layers._terms
-    assert all(term.shape[2] % 8 == 1 for term in terms)
-    assert terms[0].shape[2] < config.mem_len + 8 + 1  # far keys have no column
+    terms = fused._layers._terms_HCE
+    assert all(term.shape[1] % 8 == 1 for term in terms)
+    assert terms[0].shape[1] < config.mem_len + 8 + 1  # far keys have no column
     assert_alike(plain, fused, config, tgt_len=8, atol=2e-5 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aligned", [True, False])
+def test_it_does_where_every_kernel_takes_several_blocks(aligned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from txl_train.model import kernels
+
+    monkeypatch.setattr(kernels, "attend_blocks", lambda *_: (16, 16, 4, 2))
+    monkeypatch.setattr(kernels, "tail_blocks", lambda *_: (16, 16, 4, 2))
+    for name, size in (("TILE", 16), ("SUMMED", 16), ("SCANNED", 16)):
+        monkeypatch.setattr(kernels, name, size)
+    config = small_config(vocab_size=150, cutoffs=(40, 60, 110), n_layer=1, d_model=24, mem_len=72, clamp_len=20, same_length=True)
+    tgt_len = 40 if aligned else 37
+    plain, fused = both(config, tgt_len=tgt_len)
+    assert (fused._layers._terms_HCE[0].shape[1] % 8 == 1 and tgt_len % 8 == 0) == aligned
+    assert_alike(plain, fused, config, tgt_len=tgt_len, atol=3e-5)
+
+
+def test_ids_of_no_word_give_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    from txl_train.model.fused import Ring
+
+    config = small_config(cutoffs=(5, 9))
+    plain, fused = both(config, tgt_len=4)
+    right = torch.tensor([[0, 5, 9, 22]])
+    for wrong in (-1, 23, 2**40):
+        bad = right.clone()
+        bad[0, 2] = wrong
+        with torch.inference_mode():
+            assert fused(bad, right, Ring.empty(plain, 1, torch.device("cpu")))[0, 2:].isnan().all()
+            nll_BT = fused(right, bad, Ring.empty(plain, 1, torch.device("cpu")))
+        assert nll_BT.isnan().tolist() == [[False, False, True, False]]
 
 
 @pytest.mark.parametrize("head", ["logits", "log_probs"])
@@ -162,6 +193,7 @@ def test_models_that_the_kernels_do_not_compute_are_left_alone() -> None:
     assert not can_fuse(InferenceStep(shaw, 4))
     assert not can_fuse(InferenceStep(build_model(small_config(mem_len=0)).eval(), 4))
     assert not can_fuse(InferenceStep(build_model(small_config()).eval(), 4, "hidden"))
+    assert not can_fuse(InferenceStep(build_model(small_config()).eval(), 4, memory_dtype=torch.float16))
 
 
 @pytest.mark.slow
