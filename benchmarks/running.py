@@ -34,7 +34,7 @@ def child_environment(**changes: str) -> dict[str, str]:
 
 
 def device_slug(gpu_name: str | None, cores: int | None, extensions: Sequence[str] = ("avx512f",)) -> str:
-    """Return what a record's file name calls the device: the GPU's name, or cpu and its number of cores, and if it has AVX2 at most, that."""
+    """Return what a record's file name calls the device: the GPU's name; or cpu and its cores, and avx2 if it has no more than that."""
     if gpu_name:
         return re.sub("[^a-z0-9]+", "-", gpu_name.lower()).strip("-")
     return f"cpu{cores or ''}{'-avx2' if 'avx2' in extensions and 'avx512f' not in extensions else ''}"
