@@ -31,7 +31,6 @@ from typing import Any
 import export_base
 import numpy as np
 import torch
-import yaml
 from running import ROOT, child_environment, device_slug, txl_command, without_folders
 from speed_tables import Measured, Verdict, judge, profile_table, provenance, table
 
@@ -42,6 +41,7 @@ from txl_deploy.cli.bench_contenders import RUNTIMES
 from txl_train.errors import ConfigError, TxlError, UsageError, ValidationError, nearest
 from txl_train.files import file_sha256, write_json
 from txl_train.flops import measured_peak_flops
+from txl_train.settings import plain_yaml
 
 FOLDER = Path(__file__).resolve().parent
 SHARES = (0.88, 0.05, 0.055, 0.015)
@@ -108,9 +108,10 @@ def read_workload(path: Path) -> Workload:
         known = sorted(file.stem for file in path.parent.glob("*.yaml"))
         raise ConfigError(f"There is no workload {path.stem}.{nearest(path.stem, known)}", remedy=f"There is {', '.join(known)}.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path.name} is no valid YAML: {error!r:.200}.") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path.name} is no text: {error!r:.200}.") from error
+    values = plain_yaml(text, path.name)
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name} must be made of `key: value` lines.")
     try:

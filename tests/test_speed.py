@@ -216,3 +216,10 @@ def test_the_ideas_that_were_not_built_are_measured_with_results_alike(tmp_path:
     assert len(rows) == 9
     assert all(row.get("difference", 0.0) < 1e-3 for row in rows)
     assert next(tmp_path.glob("*.md")).read_text().count("\n| ") == 1 + len(rows)
+
+
+@pytest.mark.parametrize("text", ["{" * 3000, "[" * 3000, "- " * 3000, "a: &a 1\nb: *a"], ids=["maps", "lists", "items", "alias"])
+def test_a_workload_that_nests_or_repeats_without_end_is_refused(speed: ModuleType, tmp_path: Path, text: str) -> None:
+    (tmp_path / "w.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"deep within|by an alias"):
+        speed.read_workload(tmp_path / "w.yaml")

@@ -72,6 +72,10 @@ class Lengths:
         )
 
 
+_LARGEST = 10**15
+"""Tokens or nats of a segment, whose squares can be added up in float64."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SegmentSums:
     """What was scored in each segment, in order, over all streams."""
@@ -89,6 +93,8 @@ class SegmentSums:
             raise ReceiptError("`segments` must hold equally many figures of each kind, at least one.", remedy=_REMEDY)
         if min(self.n_tokens) < 0 or not all(math.isfinite(value) for values in series for value in values):
             raise ReceiptError("`segments` must hold finite figures.", remedy=_REMEDY)
+        if max(self.n_tokens) > _LARGEST or not all(abs(value) <= _LARGEST for values in series for value in values):
+            raise ReceiptError(f"`segments` must hold figures of up to {_LARGEST:.0e}: no text has more.", remedy=_REMEDY)
         if sum(self.n_tokens) == 0:
             raise ReceiptError("`segments` scored no token.", remedy=_REMEDY)
 

@@ -419,6 +419,18 @@ def _composed(text: str, source: str) -> tuple[yaml.Node | None, Any]:
         loader.dispose()
 
 
+def plain_yaml(text: str, source: str) -> Any:
+    """Return the values of a document as small as it looks; what nests, repeats or is long beyond any config file is a ConfigError.
+
+    Raises:
+        ConfigError: it is such a document, or no valid YAML; the message begins with `source`.
+    """
+    try:
+        return _composed(text, source)[1]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} is no valid YAML: {error!r:.200}.") from error
+
+
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Setting]:
     by_variable = {f"{ENVIRONMENT_PREFIX}{section}_{key}".upper(): f"{section}.{key}" for key, section in FIELDS.items()}
     short = {f"{ENVIRONMENT_PREFIX}{key}".upper(): f"{section}.{key}" for key, section in FIELDS.items()}

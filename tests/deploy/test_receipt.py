@@ -211,3 +211,9 @@ def test_a_receipt_that_is_none_is_refused_though_its_checksum_fits(tmp_path: Pa
 
 def test_each_split_has_a_file_of_its_own() -> None:
     assert [receipt_name(split) for split in ("test", "valid", "train")] == ["receipt.json", "receipt-valid.json", "receipt-train.json"]
+
+
+@pytest.mark.parametrize(("n_tokens", "nll_nats"), [([10**400, 1], [1.0, 1.0]), ([4, 4], [1e200, 1.0]), ([4, 4], [1.0, -1e300])], ids=str)
+def test_figures_that_no_text_has_are_refused_before_anything_is_computed_of_them(n_tokens: list[int], nll_nats: list[float]) -> None:
+    with pytest.raises(ReceiptError, match="no text has more"):
+        SegmentSums(n_tokens=n_tokens, nll_nats=nll_nats, reference_nll_nats=None)
