@@ -32,6 +32,7 @@ def parse(text: str, path: Path, error: type[ArtifactError], remedy: str) -> dic
     """
     try:
         document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        _check_depth(document)
     except (ValueError, RecursionError) as cause:
         raise error(f"{path} is not valid JSON: {cause}.", remedy=remedy) from cause
     if not isinstance(document, dict):
@@ -49,6 +50,21 @@ def content_sha256(document: Mapping[str, Any]) -> str:
     """Return the sha256 of a document's content, whatever its line breaks and the order of its keys."""
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+_DEEPEST = 50
+"""Objects and lists within each other; none of ours has ten."""
+
+
+def _check_depth(document: Any) -> None:
+    """Raise ValueError for values so deep within each other that copying or writing them would end in Python's limit."""
+    level = [document]
+    for _ in range(_DEEPEST):
+        parts = [value for value in level if isinstance(value, (dict, list))]
+        level = [item for part in parts for item in (part.values() if isinstance(part, dict) else part)]
+        if not level:
+            return
+    raise ValueError(f"values are more than {_DEEPEST} deep within each other")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -248,3 +248,11 @@ def test_a_link_that_goes_in_circles_is_a_finding(artifact: Path) -> None:
 def test_a_manifest_without_files_is_no_model(artifact: Path) -> None:
     write_manifest(artifact, MANIFEST, [])
     assert [f.problem for f in verify(artifact)] == ["missing"]
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a": '], ids=["lists", "objects"])
+def test_values_without_end_within_each_other_are_refused(tmp_path: Path, opening: str) -> None:
+    closing = "]" if opening == "[" else "}"
+    (tmp_path / "manifest.json").write_text('{"schema_version": 1, "files": ' + opening * 300 + "1" + closing * 300 + "}")
+    with pytest.raises(ManifestError, match="more than 50 deep"):
+        read_manifest(tmp_path)
