@@ -24,7 +24,7 @@ CORNERS = {
     "jinja2": ("txl_deploy/bench/report/page.py",),
     "yaml": ("txl_train/settings.py", "txl_deploy/compat.py"),
     "rich": ("txl_deploy/cli/", "txl_train/callbacks.py"),
-    "triton": ("txl_train/model/kernels.py", "txl_train/optim/lamb_kernels.py"),
+    "triton": ("txl_train/trial_kernel.py", "txl_train/model/kernels.py", "txl_train/optim/lamb_kernels.py"),
     "tensorrt": (),
     "tensorrt_rtx": (),
 }
@@ -93,7 +93,8 @@ LOWER = {
         "txl_train.exhaustion",
     ),
     "txl_train/model/": ("txl_train.model", "txl_train.errors", "txl_train.config", "txl_train.metrics"),
-    "txl_train/optim/": ("txl_train.optim", "txl_train.errors", "txl_train.config"),
+    "txl_train/optim/": ("txl_train.optim", "txl_train.errors", "txl_train.config", "txl_train.gpu_kernels"),
+    "txl_train/gpu_kernels.py": ("txl_train.trial_kernel",),
     "txl_train/interop/": (
         "txl_train.interop",
         "txl_train.checkpoint",

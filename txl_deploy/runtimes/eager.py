@@ -14,6 +14,7 @@ from txl_deploy.runtimes.graph import ModuleRuntime
 from txl_deploy.runtimes.window import Windows
 from txl_train.config import HeadKind, MemoryKind, ModelConfig
 from txl_train.evaluate import StepOutput
+from txl_train.gpu_kernels import can_run_kernels
 from txl_train.model.adaptive import cluster_rows
 from txl_train.model.inference import STEPS, FixedStep
 from txl_train.model.memory import Memory
@@ -134,10 +135,8 @@ def _has_kernels_for(step: FixedStep, device: torch.device) -> bool:
 
     Its kernels need Triton, and products of small blocks on tensor cores, which Triton has from compute capability 8.0 on (Ampere).
     """
-    from torch.utils._triton import has_triton
-
-    if torch.cuda.get_device_capability(device) < (8, 0) or not has_triton():
+    if torch.cuda.get_device_capability(device) < (8, 0) or not can_run_kernels(device):
         return False
-    from txl_train.model import fused, kernels
+    from txl_train.model.fused import can_fuse
 
-    return fused.can_fuse(step) and kernels.work_on(device)
+    return can_fuse(step)

@@ -10,15 +10,10 @@ the type of the operands is. The only file that imports triton.
 
 from __future__ import annotations
 
-import functools
-import logging
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-
-_LOG = logging.getLogger(__name__)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -531,16 +526,3 @@ def add_tail_nll(
     )
     last = {"BLOCK_V": TILE, "BLOCK_C": block_c, "BLOCK": triton.next_power_of_2(n_tile)}
     _add_tail_nll[(N,)](*common, largest, total, chosen, nll_N, first_cluster, len(sizes), n_tile, **last)
-
-
-@functools.cache
-def work_on(device: torch.device) -> bool:
-    """Return whether kernels can be compiled and run on a GPU: Triton needs a C compiler, and there may be none that works."""
-    length_B, start = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    try:
-        with torch.cuda.device(device):
-            advance(length_B, start, 1, 1, 2)
-        return (int(length_B), int(start)) == (1, 1)
-    except Exception as error:  # of compilers, drivers and Triton itself, which have no base class in common
-        _LOG.warning("Triton's kernels cannot be used on %s, so plain operations are: %s", device, str(error).strip()[:300])
-        return False

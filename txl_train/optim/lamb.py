@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from txl_train.errors import ConfigError
+from txl_train.gpu_kernels import can_run_kernels
 
 _PIECE = 1 << 18
 """Numbers of a tensor that are computed at a time on a CPU: few enough for the caches, and many for the calls they take."""
@@ -139,7 +140,7 @@ class Lamb(torch.optim.Optimizer):
     def _step_in_kernels(self, group: dict[str, Any], weights: list[Tensor]) -> bool:
         """Do as `_step_one` for many tensors of one GPU, and return True; or False if this cannot be done here."""
         weights = [weight for weight in weights if weight.numel() > 0]
-        if weights and weights[0].is_cuda and not _has_kernels(weights[0].device):
+        if weights and weights[0].is_cuda and not can_run_kernels(weights[0].device):
             return False
         from txl_train.optim import lamb_kernels
 
@@ -200,17 +201,6 @@ class Lamb(torch.optim.Optimizer):
         update_norms = torch.stack(list(torch._foreach_norm(updates)))
         torch._foreach_mul_(updates, list((self._trust(group, weight_norms, update_norms) * group["lr"]).unbind()))
         torch._foreach_sub_(weights, updates)
-
-
-def _has_kernels(device: torch.device) -> bool:
-    """Return whether Triton is there and can compile for a GPU."""
-    from torch.utils._triton import has_triton
-
-    if not has_triton():
-        return False
-    from txl_train.optim import lamb_kernels
-
-    return lamb_kernels.work_on(device)
 
 
 def _update(group: dict[str, Any], weight: Tensor, mean: Tensor, square: Tensor, out: Tensor) -> Tensor:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-_LOG = logging.getLogger(__name__)
 
 CHUNK = 1 << 15
 """Numbers of a tensor that one program computes."""
@@ -100,20 +97,6 @@ def can_step(weights: list[Tensor]) -> bool:
         for weight in weights
         for tensor in (weight, weight.grad)
     )
-
-
-@functools.cache
-def work_on(device: torch.device) -> bool:
-    """Return whether kernels can be compiled and run on a GPU: Triton needs a C compiler, and there may be none that works."""
-    sums = torch.ones(2, 1, dtype=torch.float32, device=device)
-    norms = torch.zeros(2, 1, dtype=torch.float32, device=device)
-    try:
-        with torch.cuda.device(device):
-            _norms[(1,)](torch.tensor([0, 1], dtype=torch.int32, device=device), sums[0], sums[1], norms[0], norms[1], BLOCK=1024)
-        return norms.tolist() == [[1.0], [1.0]]
-    except Exception as error:  # of compilers, drivers and Triton itself, which have no base class in common
-        _LOG.warning("Triton's kernels cannot be used on %s, so LAMB does without: %s", device, str(error).strip()[:300])
-        return False
 
 
 def step(

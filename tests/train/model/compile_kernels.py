@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from txl_train import trial_kernel
 from txl_train.model import kernels
 from txl_train.optim import lamb_kernels
 
@@ -71,10 +72,11 @@ def cases(operand: str) -> Iterator[Case]:
 
 
 def optimizer_cases() -> Iterator[Case]:
-    """Yield the kernels of LAMB."""
+    """Yield the kernels of LAMB, and the one that tries whether any can run."""
     settings = dict.fromkeys(("beta1", "beta2", "eps", "weight_decay", "correction1", "correction2"), "fp32")
     table = {"pointers": LONGS, "chunks": LONGS}
     sums, norms = dict.fromkeys(("weight_squares", "update_squares"), FLOATS), dict.fromkeys(("weight_norms", "update_norms"), FLOATS)
+    yield trial_kernel._put_one, {"place": INTS}, {}, {}
     yield lamb_kernels._moments, {**table, **sums, **settings}, {"BLOCK": 2048}, {"num_warps": 8}
     yield lamb_kernels._norms, {"first_chunks": INTS, **sums, **norms}, {"BLOCK": 1024}, {}
     yield lamb_kernels._move, {**table, "factors": FLOATS, **settings}, {"BLOCK": 2048}, {"num_warps": 8}
