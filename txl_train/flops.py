@@ -98,10 +98,14 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _random(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a square matrix of random numbers: on equal ones a GPU is faster, as fewer of its wires change."""
+    """Return a square matrix of random numbers: on equal ones a GPU is faster, as fewer of its wires change.
+
+    They are of a generator of their own: a training run measures the peak, and must draw the same masks whether it does or not.
+    """
+    generator = torch.Generator(device).manual_seed(n)
     if dtype == torch.int8:
-        return torch.randint(-128, 128, (n, n), device=device, dtype=dtype)
-    return torch.randn(n, n, device=device).to(dtype)
+        return torch.randint(-128, 128, (n, n), generator=generator, device=device, dtype=dtype)
+    return torch.randn(n, n, generator=generator, device=device).to(dtype)
 
 
 def fastest_s(device: torch.device, work: Callable[[], object]) -> float:

@@ -54,6 +54,14 @@ def test_the_peak_is_a_plausible_number() -> None:
     assert 1e9 < measured_peak_flops(torch.device("cpu"), torch.float32) < 1e14
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_measuring_the_peak_changes_no_random_number_that_training_draws(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(flops, "fastest_s", lambda device, work: 1.0)
+    before = torch.random.get_rng_state()
+    measured_peak_flops(torch.device("cpu"), dtype)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_a_device_that_is_slow_in_a_type_is_not_kept_busy_for_minutes(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     measured: list[float] = []
