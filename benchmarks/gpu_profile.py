@@ -6,7 +6,7 @@
 
 Weights are random and the text is drawn (`speed.SHARES` says how many targets lie in each tail cluster), as for `speed.py`. Latencies
 are of one runtime after the other, not by turns: for comparisons that count there is `gpu_suite.py`. How far the step in kernels
-(`model.fused`) is from the plain one is measured too. Block sizes are those of the two kernels that take the most, tried one by one.
+(`model.fused`) is from the plain one is measured too. Block sizes are those of the three kernels that take the most, tried one by one.
 """
 
 from __future__ import annotations
@@ -270,66 +270,91 @@ def training(gpu: Gpu, sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def blocks(gpu: Gpu, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """Yield the time of the two kernels with other block sizes, microseconds; nothing without a GPU."""
+    """Yield the time of the three kernels with other block sizes, microseconds; nothing without a GPU."""
     if gpu.is_gpu:
         for batch_size in sizes.batch_sizes:
-            yield from _attend_blocks(gpu, sizes, batch_size)
-            yield from _tail_blocks(gpu, sizes, batch_size)
+            for name, of_kernel, choices in (
+                ("attend", attend_with, itertools.product((16, 32, 64), (32, 64, 128), (2, 4, 8), (2, 3, 4))),
+                ("score_and_keep", score_with, itertools.product((16, 32, 64, 128), (32, 64, 128))),
+                ("add_tail_nll", tail_with, itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4))),
+            ):
+                run = of_kernel(gpu, sizes, batch_size)
+                for block in choices:
+                    yield tried(functools.partial(run, blocks=block), name, batch_size, block)
 
 
-def _attend_blocks(gpu: Gpu, sizes: Sizes, batch_size: int) -> Iterator[dict[str, Any]]:
-    from txl_train.model import fused, kernels
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Operands of the attention of one layer, of random numbers."""
 
-    config, half = sizes.config, {"dtype": torch.float16, "device": gpu.device}
-    H, E, Q, M = config.n_head, config.d_head, sizes.tgt_len, config.mem_len
-    N = batch_size * Q
-    n_column = 1 + Q + (M if config.clamp_len is None else config.clamp_len - 1)
-    term_HEC = fused.aligned(torch.randn(H, E, n_column, **half), M + Q)
-    qkv_NW, bias_HE = torch.randn(N, 3 * H * E, **half), torch.randn(H, E, **half)
-    attend = functools.partial(
-        kernels.attend,
-        qkv_NW,
-        bias_HE,
-        torch.randn(2, batch_size, H, 2 * (M + Q), E, **half),
-        kernels.score_distances(qkv_NW, bias_HE, term_HEC.transpose(1, 2).contiguous(), Q, M + Q, E**-0.5),
-        torch.full((batch_size,), M, device=gpu.device),
-        torch.full((1,), Q, device=gpu.device),
-        n_query=Q,
-        mem_len=M,
-        ext_len=0,
-        max_distance=M,
-        scale=E**-0.5,
-    )
-    for block in itertools.product((16, 32, 64), (32, 64, 128), (2, 4, 8), (2, 3, 4)):
-        yield _tried(functools.partial(attend, blocks=block), "attend", batch_size, block)
+    qkv_NW: Tensor
+    bias_HE: Tensor
+    term_HCE: Tensor
+    ring_2BHSE: Tensor
+    start: Tensor
+    lengths: dict[str, Any]
+
+    @classmethod
+    def random(cls, gpu: Gpu, sizes: Sizes, batch_size: int) -> Attention:
+        """Return those of the base model's layers, with a full memory."""
+        config, half = sizes.config, {"dtype": torch.float16, "device": gpu.device}
+        H, E, Q, M = config.n_head, config.d_head, sizes.tgt_len, config.mem_len
+        n_distance = 1 + Q + (M if config.clamp_len is None else config.clamp_len - 1)
+        return cls(
+            torch.randn(batch_size * Q, 3 * H * E, **half),
+            torch.randn(H, E, **half),
+            torch.randn(H, n_distance, E, **half),
+            torch.randn(2, batch_size, H, 2 * (M + Q), E, **half),
+            torch.full((1,), Q, device=gpu.device),
+            {"n_query": Q, "mem_len": M, "scale": E**-0.5},
+        )
 
 
-def _tail_blocks(gpu: Gpu, sizes: Sizes, batch_size: int) -> Iterator[dict[str, Any]]:
-    from txl_train.model import kernels
+def score_with(gpu: Gpu, sizes: Sizes, batch_size: int) -> Callable[..., Tensor]:
+    """Return `score_and_keep` with random operands, a function of block sizes."""
+    from txl_train.model import layer_kernels
+
+    own = Attention.random(gpu, sizes, batch_size)
+    return functools.partial(layer_kernels.score_and_keep, own.qkv_NW, own.bias_HE, own.term_HCE, own.ring_2BHSE, own.start, **own.lengths)
+
+
+def attend_with(gpu: Gpu, sizes: Sizes, batch_size: int) -> Callable[..., Tensor]:
+    """Return `attend` with random operands, a function of block sizes."""
+    from txl_train.model import layer_kernels
+
+    own, M = Attention.random(gpu, sizes, batch_size), sizes.config.mem_len
+    scored = layer_kernels.score_and_keep(own.qkv_NW, own.bias_HE, own.term_HCE, own.ring_2BHSE, own.start, **own.lengths)
+    lengths = own.lengths | {"ext_len": 0, "n_distance": own.term_HCE.shape[1], "max_distance": M}
+    full = torch.full((batch_size,), M, device=gpu.device)
+    return functools.partial(layer_kernels.attend, own.qkv_NW, own.bias_HE, own.ring_2BHSE, scored, full, own.start, **lengths)
+
+
+def tail_with(gpu: Gpu, sizes: Sizes, batch_size: int) -> Callable[..., None]:
+    """Return `add_tail_nll` for all tail clusters with random weights, a function of block sizes."""
+    from txl_train.model import softmax_kernels
 
     config, half = sizes.config, {"dtype": torch.float16, "device": gpu.device}
     N, D, ends = batch_size * sizes.tgt_len, config.d_model, config.cluster_ends
     lows, words = torch.tensor(ends[1:], device=gpu.device), [high - low for low, high in zip(ends[1:-1], ends[2:])]
-    tiles = [0, *itertools.accumulate(-(-count // kernels.TILE) for count in words)][:-1]
+    tiles = [0, *itertools.accumulate(-(-count // softmax_kernels.TILE) for count in words)][:-1]
     targets_N = draw(config, batch_size, sizes.tgt_len, 1).reshape(-1).to(gpu.device)
-    add = functools.partial(
-        kernels.add_tail_nll,
+    return functools.partial(
+        softmax_kernels.add_tail_nll,
         torch.zeros(N, device=gpu.device),
         torch.randn(N, D, **half),
         torch.randn(sum(words), D, **half),
         torch.randn(sum(words), **half),
         targets_N,
-        *kernels.find_rows(targets_N, lows),
+        *softmax_kernels.find_rows(targets_N, lows),
         lows,
         torch.tensor(tiles, dtype=torch.int32, device=gpu.device),
         first_cluster=0,
         sizes=words,
     )
-    for block in itertools.product((16, 32, 64, 128), (64, 128), (4, 8), (2, 3, 4)):
-        yield _tried(functools.partial(add, blocks=block), "add_tail_nll", batch_size, block)
 
 
-def _tried(kernel: Callable[[], object], name: str, batch_size: int, block: tuple[int, ...]) -> dict[str, Any]:
+def tried(kernel: Callable[[], object], name: str, batch_size: int, block: tuple[int, ...]) -> dict[str, Any]:
+    """Return the row of a kernel with some block sizes."""
     from triton.testing import do_bench_cudagraph
 
     row: dict[str, Any] = {"what": "blocks", "name": name, "batch_size": batch_size, "blocks": list(block), "us": None, "refused": None}

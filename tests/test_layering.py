@@ -24,7 +24,12 @@ CORNERS = {
     "jinja2": ("txl_deploy/bench/report/page.py",),
     "yaml": ("txl_train/settings.py", "txl_deploy/compat.py"),
     "rich": ("txl_deploy/cli/", "txl_train/callbacks.py"),
-    "triton": ("txl_train/trial_kernel.py", "txl_train/model/kernels.py", "txl_train/optim/lamb_kernels.py"),
+    "triton": (
+        "txl_train/trial_kernel.py",
+        "txl_train/model/layer_kernels.py",
+        "txl_train/model/softmax_kernels.py",
+        "txl_train/optim/lamb_kernels.py",
+    ),
     "tensorrt": (),
     "tensorrt_rtx": (),
 }

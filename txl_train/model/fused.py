@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from txl_train.model import kernels
+from txl_train.model import layer_kernels, softmax_kernels
 from txl_train.model.adaptive import AdaptiveLogSoftmax
 from txl_train.model.inference import FixedStep
 from txl_train.model.relative import RelativeAttention, nearer
@@ -89,8 +89,7 @@ class FusedLayers:
         self._step = step
         config, n_query = step.config, step.ext_len + step.tgt_len
         self._layers = [layer for layer in step.decoder.layers if isinstance(layer, DecoderLayer)]
-        key_len = step.mem_len + n_query
-        terms = [aligned(nearer(term, config.clamp_len, n_query), key_len) for term in step.position_terms]
+        terms = [nearer(term, config.clamp_len, n_query) for term in step.position_terms]
         self._terms_HCE = [term_HEC.transpose(1, 2).contiguous() for term_HEC in terms]
         self._table = whole_table(list(step.embedding.weights)) if not step.embedding.has_projections else None
         self._scale = config.d_head**-0.5
@@ -100,7 +99,7 @@ class FusedLayers:
         step = self._step
         B, Q = input_ids_BQ.shape
         if self._table is not None:
-            x_ND, half_ND = kernels.embed(input_ids_BQ, self._table, step.embedding.scale)
+            x_ND, half_ND = layer_kernels.embed(input_ids_BQ, self._table, step.embedding.scale)
         else:
             x_ND = step.embedding(input_ids_BQ).flatten(0, 1)
             half_ND = x_ND.to(step.dtype)
@@ -109,37 +108,30 @@ class FusedLayers:
             half_ND = self._layers[0].attention_norm(x_ND).to(step.dtype)
         for n, layer in enumerate(self._layers):
             mixed_ND = self._attention(n, half_ND, ring, Q)
-            x_ND, half_ND = kernels.add_norm(x_ND, mixed_ND, layer.feed_forward_norm if pre else layer.attention_norm, keeps_sum=pre)
+            x_ND, half_ND = layer_kernels.add_norm(x_ND, mixed_ND, layer.feed_forward_norm if pre else layer.attention_norm, keeps_sum=pre)
             more_ND = _feed_forward(layer, half_ND)
             if not pre:
-                x_ND, half_ND = kernels.add_norm(x_ND, more_ND, layer.feed_forward_norm, keeps_sum=False)
+                x_ND, half_ND = layer_kernels.add_norm(x_ND, more_ND, layer.feed_forward_norm, keeps_sum=False)
             elif n + 1 < len(self._layers):
-                x_ND, half_ND = kernels.add_norm(x_ND, more_ND, self._layers[n + 1].attention_norm, keeps_sum=True)
+                x_ND, half_ND = layer_kernels.add_norm(x_ND, more_ND, self._layers[n + 1].attention_norm, keeps_sum=True)
             else:
                 half_ND = (x_ND + more_ND).to(step.dtype)
-        kernels.advance(ring.length_B, ring.start, step.tgt_len, step.mem_len + step.ext_len, ring.n_slot)
+        layer_kernels.advance(ring.length_B, ring.start, step.tgt_len, step.mem_len + step.ext_len, ring.n_slot)
         return half_ND.view(B, Q, -1)[:, step.ext_len :].reshape(B * step.tgt_len, -1)
 
     def _attention(self, n: int, half_ND: Tensor, ring: Ring, n_query: int) -> Tensor:
         step, attention = self._step, self._layers[n].attention
         assert isinstance(attention, RelativeAttention)
         qkv_NW = F.linear(half_ND, attention.qkv.weight)
-        states = ring.states[2 * n : 2 * n + 2]
-        kernels.keep(qkv_NW, states, ring.start, n_query, step.mem_len)
-        key_len = step.mem_len + n_query
-        by_distance_HNC = kernels.score_distances(qkv_NW, attention.position_bias, self._terms_HCE[n], n_query, key_len, self._scale)
-        mixed_NW = kernels.attend(
-            qkv_NW,
-            attention.content_bias,
-            states,
-            by_distance_HNC,
-            ring.length_B,
-            ring.start,
-            n_query=n_query,
-            mem_len=step.mem_len,
+        states, term_HCE = ring.states[2 * n : 2 * n + 2], self._terms_HCE[n]
+        sizes = {"n_query": n_query, "mem_len": step.mem_len, "scale": self._scale}
+        by_distance_HNP = layer_kernels.score_and_keep(qkv_NW, attention.position_bias, term_HCE, states, ring.start, **sizes)
+        mixed_NW = layer_kernels.attend(
+            *(qkv_NW, attention.content_bias, states, by_distance_HNP, ring.length_B, ring.start),
             ext_len=step.ext_len,
+            n_distance=term_HCE.shape[1],
             max_distance=step.max_distance,
-            scale=self._scale,
+            **sizes,
         )
         return F.linear(mixed_NW, attention.output.weight)
 
@@ -157,8 +149,9 @@ class FusedNll:
     def __init__(self, head: AdaptiveLogSoftmax) -> None:
         self._head = head
         weights, biases = head.tables()
-        self._weight = torch.cat([weights[0], head.cluster_weight]).contiguous()
-        self._bias = torch.cat([biases[0], head.cluster_bias]).contiguous()
+        weight, bias = torch.cat([weights[0], head.cluster_weight]), torch.cat([biases[0], head.cluster_bias])
+        more = -len(weight) % 16  # words of no probability: then every line of scores begins at a multiple of 16 bytes
+        self._weight, self._bias = F.pad(weight, [0, 0, 0, more]), F.pad(bias, [0, more], value=float("-inf"))
         device, ends = self._weight.device, head.cluster_ends
         self._lows = torch.tensor(ends[1:], dtype=torch.int64, device=device)
         tails, tail_biases = list(weights[1:]), list(biases[1:])
@@ -169,7 +162,7 @@ class FusedNll:
             if together is not None
             else [(c, tail, bias, [len(tail)]) for c, (tail, bias) in enumerate(zip(tails, tail_biases))]
         ):
-            tiles = [-(-size // kernels.TILE) for size in sizes]
+            tiles = [-(-size // softmax_kernels.TILE) for size in sizes]
             first_tiles = torch.tensor([sum(tiles[:c]) for c in range(len(tiles))], dtype=torch.int32, device=device)
             self._groups.append(_Group(first, table.detach().contiguous(), bias.detach().contiguous(), sizes, first_tiles))
 
@@ -177,13 +170,13 @@ class FusedNll:
         """Return −log p of the targets, nats, float32 [N]."""
         head = self._head
         scores_NV = F.linear(head.project(hidden_ND, 0), self._weight, self._bias)
-        nll_N = kernels.head_nll(scores_NV, target_ids_N, self._lows, head.cluster_ends[1])
+        nll_N = softmax_kernels.head_nll(scores_NV, target_ids_N, self._lows, head.cluster_ends[1])
         if self._groups:
-            found = kernels.find_rows(target_ids_N, self._lows)
+            found = softmax_kernels.find_rows(target_ids_N, self._lows)
             for group in self._groups:
                 hidden_NW = head.project(hidden_ND, group.first + 1).contiguous()
                 tables = group.weight_VW, group.bias_V, target_ids_N, *found, self._lows, group.first_tiles
-                kernels.add_tail_nll(nll_N, hidden_NW, *tables, first_cluster=group.first, sizes=group.sizes)
+                softmax_kernels.add_tail_nll(nll_N, hidden_NW, *tables, first_cluster=group.first, sizes=group.sizes)
         return nll_N
 
 
@@ -218,13 +211,6 @@ class _Group:
     bias_V: Tensor
     sizes: list[int]
     first_tiles: Tensor
-
-
-def aligned(term_HEC: Tensor, key_len: int) -> Tensor:
-    """Return encoded distances with up to seven farther ones before them, of nothing, if these make their number 1 mod 8."""
-    n_alike = key_len + 1 - term_HEC.shape[2]
-    more = (n_alike - key_len) % 8
-    return F.pad(term_HEC, [more, 0]).contiguous() if 0 < more <= n_alike else term_HEC.contiguous()
 
 
 def whole_table(parts: list[Tensor]) -> Tensor | None:

@@ -9,21 +9,22 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from txl_train import trial_kernel
-from txl_train.model import kernels
+from txl_train.model import layer_kernels, softmax_kernels
 from txl_train.optim import lamb_kernels
 
 MOST_SHARED = 99 * 1024
 """Bytes of shared memory that a block may have from compute capability 8.0 on, on the GPUs with the least (8.6 and 8.9)."""
 FLOATS, LONGS, INTS = "*fp32", "*i64", "*i32"
-SIXTEENS = ("stride_b", "stride_h", "N", "Q", "M", "D")
+SIXTEENS = ("stride_b", "stride_h", "N", "Q", "M", "D", "W", "S")
 """Numbers that are multiples of 16 with the base model, which Triton makes use of."""
 
-ONES = {"B", "N", "H", "Q", "V", "n_cluster", "n_tile", "c0", "T"}
+ONES = {"B", "N", "H", "Q", "V", "n_cluster", "n_tile", "c0", "T", "n_row_block"}
 """Numbers that can be 1, which Triton makes a constant of."""
 
 Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
@@ -33,42 +34,44 @@ Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 def cases(operand: str) -> Iterator[Case]:
     """Yield the kernels of the step for operands of a type, `*fp16` or `*fp32`."""
     exact = operand == FLOATS
-    precision = "ieee" if exact else "tf32"
+    precision = layer_kernels.precision_of(torch.float32 if exact else torch.float16)
     pointers = dict.fromkeys(("qkv", "content_bias", "key", "value", "by_distance", "out"), operand)
-    numbers = dict.fromkeys(("stride_b", "stride_h", "max_distance", "shift", "H", "N", "Q", "M", "EXT", "C"), "i32")
+    numbers = dict.fromkeys(("stride_b", "stride_h", "max_distance", "shift", "H", "N", "Q", "M", "EXT", "C", "pitch"), "i32")
     attend = {**pointers, "length": LONGS, "start": LONGS, "scale": "fp32", **numbers}
-    for block_q, block_k in ((16, 32),) if exact else ((16, 128), (64, 64)):
-        for aligned in (True, False):
+    for block_q, block_k in ((16, 32), (32, 32)) if exact else ((16, 128), (64, 64)):
+        for fits in (True, False):
             sizes = {"E": 64, "BLOCK_E": 64, "BLOCK_Q": block_q, "BLOCK_K": block_k}
-            yield kernels._attend, attend, {**sizes, "IS_ALIGNED": aligned, "PRECISION": precision}, {"num_warps": 4, "num_stages": 3}
+            sizes |= {"ALL_KEYS": fits and block_k < 128, "IS_ALIGNED": fits, "PRECISION": precision}
+            yield layer_kernels._attend, attend, sizes, {"num_warps": 4, "num_stages": 3}
     embed = {"ids": LONGS, "table": operand, "scale": "fp32", "x": FLOATS, "half": operand, "V": "i32", "D": "i32"}
-    yield kernels._embed, embed, {"BLOCK": 512}, {}
+    yield layer_kernels._embed, embed, {"BLOCK": 512}, {}
     norm = {"x": FLOATS, "more": operand, "weight": FLOATS, "bias": FLOATS, "out": FLOATS, "half": operand, "D": "i32", "eps": "fp32"}
     for keeps_sum in (True, False):
-        yield kernels._add_norm, norm, {"KEEPS_SUM": keeps_sum, "BLOCK": 512}, {}
-    keep = dict.fromkeys(("qkv", "key", "value"), operand) | {"start": LONGS}
-    keep |= dict.fromkeys(("stride_b", "stride_h", "Q", "M", "S", "H", "E"), "i32")
-    yield kernels._keep, keep, {"BLOCK": 512}, {}
-    distances = dict.fromkeys(("qkv", "position_bias", "term", "out"), operand) | {"scale": "fp32"}
-    distances |= dict.fromkeys(("first", "H", "N", "C"), "i32")
-    block_n, block_c = (16, 32) if exact else (64, 64)
-    sizes = {"E": 64, "BLOCK_E": 64, "BLOCK_N": block_n, "BLOCK_C": block_c}
-    yield kernels._score_distances, distances, {**sizes, "PRECISION": precision}, {}
+        yield layer_kernels._add_norm, norm, {"KEEPS_SUM": keeps_sum, "BLOCK": 512}, {}
+    scored = dict.fromkeys(("qkv", "position_bias", "term", "out", "key", "value"), operand) | {"start": LONGS, "scale": "fp32"}
+    numbers = dict.fromkeys(("stride_b", "stride_h", "first", "H", "N", "Q", "M", "S", "C", "pitch", "n_row_block"), "i32")
+    for block_n, block_c in {layer_kernels.score_blocks(torch.float32 if exact else torch.float16, n) for n in (64, 256, 2048)}:
+        sizes = {"E": 64, "BLOCK_E": 64, "BLOCK_N": block_n, "BLOCK_C": block_c, "PRECISION": precision}
+        yield layer_kernels._score_and_keep, scored | numbers, sizes, {}
     advance = {"length": LONGS, "start": LONGS, **dict.fromkeys(("B", "T", "most", "S"), "i32")}
-    yield kernels._advance, advance, {"BLOCK": 32}, {}
+    yield layer_kernels._advance, advance, {"BLOCK": 32}, {}
     head = {"scores": operand, "targets": LONGS, "lows": LONGS, "nll": FLOATS, **dict.fromkeys(("V", "n_word", "n_cluster"), "i32")}
-    yield kernels._head_nll, head, {"BLOCK": kernels.SUMMED, "BLOCK_C": 4}, {"num_warps": 8}
+    yield softmax_kernels._head_nll, head, {"BLOCK": softmax_kernels.SUMMED, "BLOCK_C": 4}, {"num_warps": 8}
     found = {"targets": LONGS, "lows": LONGS, "rows": INTS, "offsets": INTS, "N": "i32", "n_cluster": "i32"}
-    yield kernels._find_rows, found, {"BLOCK": kernels.SCANNED}, {"num_warps": 8}
-    sums = dict.fromkeys(("largest", "total", "chosen"), FLOATS)
-    places = {"targets": LONGS, "rows": INTS, "offsets": INTS, "lows": LONGS, "first_tiles": INTS}
-    tail = dict.fromkeys(("hidden", "weight", "bias"), operand) | places | sums
-    tail |= dict.fromkeys(("c0", "n_cluster", "D", "n_tile"), "i32")
-    for block_r, warps, stages in ((16, 4, 4),) if exact else ((16, 4, 4), (64, 4, 3), (128, 8, 3)):
-        sizes = {"BLOCK_C": 4, "BLOCK_R": block_r, "BLOCK_V": kernels.TILE, "BLOCK_D": 32 if exact else 64}
-        yield kernels._tail_scores, tail, {**sizes, "PRECISION": precision}, {"num_warps": warps, "num_stages": stages}
-    add = {"rows": INTS, "offsets": INTS, "lows": LONGS, **sums, "nll": FLOATS, **dict.fromkeys(("c0", "n_cluster", "n_tile"), "i32")}
-    yield kernels._add_tail_nll, add, {"BLOCK_V": kernels.TILE, "BLOCK_C": 4, "BLOCK": 2048}, {}
+    yield softmax_kernels._find_rows, found, {"BLOCK": softmax_kernels.SCANNED}, {"num_warps": 8}
+    tail = dict.fromkeys(("hidden", "weight", "bias"), operand) | {"rows": INTS, "offsets": INTS, "lows": LONGS}
+    tail |= {"largest": FLOATS, "total": FLOATS, **dict.fromkeys(("c0", "n_cluster", "W", "n_tile"), "i32")}
+    for n in (64, 512, 2048):
+        block_r, block_w, warps, stages = softmax_kernels.tail_blocks(torch.float32 if exact else torch.float16, n)
+        sizes = {"BLOCK_C": 4, "BLOCK_R": block_r, "BLOCK_V": softmax_kernels.TILE, "BLOCK_W": block_w, "WHOLE_WIDTH": True}
+        yield (
+            softmax_kernels._tail_scores,
+            {**tail, "first_tiles": INTS},
+            {**sizes, "PRECISION": precision},
+            {"num_warps": warps, "num_stages": stages},
+        )
+    add = {"BLOCK_V": softmax_kernels.TILE, "BLOCK_C": 4, "BLOCK_W": 512, "BLOCK": 2048}
+    yield softmax_kernels._add_tail_nll, {**tail, "targets": LONGS, "nll": FLOATS}, add, {}
 
 
 def optimizer_cases() -> Iterator[Case]:

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
     # of Triton's interpreter, which computes with NumPy: a value that rounds to infinity, and infinities that are masked out
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning"),
 ]
 
@@ -80,25 +81,23 @@ def test_the_fused_step_scores_as_the_plain_one(name: str) -> None:
 def test_it_does_where_scores_by_distance_are_aligned(dtype: torch.dtype) -> None:
     config = small_config(**ALIGNED)
     plain, fused = both(config, tgt_len=8, dtype=dtype)
-    terms = fused._layers._terms_HCE
-    assert all(term.shape[1] % 8 == 1 for term in terms)
-    assert terms[0].shape[1] < config.mem_len + 8 + 1  # far keys have no column
+    assert fused._layers._terms_HCE[0].shape[1] < config.mem_len + 8 + 1  # far keys have no column
     assert_alike(plain, fused, config, tgt_len=8, atol=2e-5 if dtype == torch.float32 else 5e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("aligned", [True, False])
 def test_it_does_where_every_kernel_takes_several_blocks(aligned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from txl_train.model import kernels
+    from txl_train.model import layer_kernels, softmax_kernels
 
-    monkeypatch.setattr(kernels, "attend_blocks", lambda *_: (16, 16, 4, 2))
-    monkeypatch.setattr(kernels, "tail_blocks", lambda *_: (16, 16, 4, 2))
+    monkeypatch.setattr(layer_kernels, "attend_blocks", lambda *_: (16, 16, 4, 2))
+    monkeypatch.setattr(layer_kernels, "score_blocks", lambda *_: (16, 16))
+    monkeypatch.setattr(softmax_kernels, "tail_blocks", lambda *_: (16, 16, 4, 2))
     for name, size in (("TILE", 16), ("SUMMED", 16), ("SCANNED", 16)):
-        monkeypatch.setattr(kernels, name, size)
+        monkeypatch.setattr(softmax_kernels, name, size)
     config = small_config(vocab_size=150, cutoffs=(40, 60, 110), n_layer=1, d_model=24, mem_len=72, clamp_len=20, same_length=True)
     tgt_len = 40 if aligned else 37
     plain, fused = both(config, tgt_len=tgt_len)
-    assert (fused._layers._terms_HCE[0].shape[1] % 8 == 1 and tgt_len % 8 == 0) == aligned
     assert_alike(plain, fused, config, tgt_len=tgt_len, atol=3e-5)
 
 
@@ -164,11 +163,11 @@ def test_a_memory_that_is_loaded_into_a_ring_goes_on() -> None:
 
 @pytest.mark.parametrize("targets", [[0, 1, 2, 3], [22, 21, 20, 22], [5, 8, 9, 15, 16, 22, 0], [16] * 20], ids=str)
 def test_targets_are_found_wherever_they_lie(targets: list[int]) -> None:
-    from txl_train.model import kernels
+    from txl_train.model import softmax_kernels
 
     lows = torch.tensor([5, 9, 16, 23])
     target_ids_N = torch.tensor(targets)
-    rows_N, offsets = kernels.find_rows(target_ids_N, lows)
+    rows_N, offsets = softmax_kernels.find_rows(target_ids_N, lows)
     expected = cluster_rows(target_ids_N, [0, 5, 9, 16, 23])
     assert [rows_N[offsets[c] : offsets[c + 1]].tolist() for c in range(3)] == [rows.tolist() for rows in expected]
 
