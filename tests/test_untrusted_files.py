@@ -15,7 +15,7 @@ import torch
 from tests.deploy.test_manifest import MANIFEST
 from tests.fuzz.targets import checkpoint_mended
 from tests.support import small_config, write_checkpoint
-from txl_deploy import claims
+from txl_deploy import claims, documents
 from txl_deploy.bench.report import gather, read_training, scores
 from txl_deploy.bench.report.findings import Findings
 from txl_deploy.manifest import write_manifest
@@ -151,6 +151,13 @@ def test_a_graph_that_takes_numbers_from_outside_its_manifest_is_refused(tmp_pat
     (tmp_path / "model.onnx").write_bytes(PLACES[place](_tensor(location)))
     with pytest.raises(ManifestError, match=re.escape(f"takes weights from {location}, which its manifest does not list")):
         claims.check_external_files(tmp_path / "model.onnx", MANIFEST)
+
+
+def test_a_document_with_half_a_character_is_refused(tmp_path: Path) -> None:
+    """JSON can write such a text; no file can have it for a name, and no line of output can hold it."""
+    text = '{"schema_version": 2, "files": {"\\ud800": {"sha256": "", "bytes": 1}}}'
+    with pytest.raises(ManifestError, match=r"is not valid JSON: '\\ud800' is no character, but half of one"):
+        documents.parse(text, tmp_path / "manifest.json", ManifestError, "Export again.")
 
 
 def test_no_manifest_can_list_an_address_in_memory(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def parse(text: str, path: Path, error: type[ArtifactError], remedy: str) -> dic
     try:
         document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
         _check_depth(document)
+        _check_texts(document)
     except (ValueError, RecursionError) as cause:
         raise error(f"{path} is not valid JSON: {cause}.", remedy=remedy) from cause
     if not isinstance(document, dict):
@@ -65,6 +66,14 @@ def _check_depth(document: Any) -> None:
         if not level:
             return
     raise ValueError(f"values are more than {_DEEPEST} deep within each other")
+
+
+def _check_texts(document: Any) -> None:
+    """Raise ValueError for a text that JSON can write and no file's name or line of output can hold: half of a pair of surrogates."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError as cause:
+        raise ValueError(f"{ascii(cause.object[cause.start])} is no character, but half of one") from cause
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def tail_blocks(dtype: torch.dtype, n_token: int) -> tuple[int, ...]:
     """Return block sizes for a step of so many tokens, of which some twentieth lies in each tail cluster."""
     if dtype == torch.float32:
         return (16, 32, 4, 4) if n_token <= 256 else (64, 32, 4, 3)
-    return (16, 64, 4, 4) if n_token <= 256 else (64, 64, 4, 3) if n_token <= 1024 else (128, 64, 8, 3)
+    return (16, 64, 4, 4) if n_token <= 256 else (64, 64, 4, 3) if n_token <= 1024 else (128, 128, 8, 1)
 
 
 def add_tail_nll(
