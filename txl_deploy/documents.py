@@ -73,7 +73,7 @@ def _check_texts(document: Any) -> None:
     try:
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError as cause:
-        raise ValueError(f"{ascii(cause.object[cause.start])} is no character, but half of one") from cause
+        raise ValueError(f"{cause.object[cause.start]!a} is no character, but half of one") from cause
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

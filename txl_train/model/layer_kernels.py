@@ -256,7 +256,7 @@ def _attend(  # type: ignore[no-untyped-def]
     ahead = _block(lines, i, tl.where(near_from < whole_to, Q, 0), near_from, BLOCK_K, IS_ALIGNED)
     for part in tl.static_range(3):  # far keys, whose distances add nothing; near ones; and all blocks that are not alike throughout
         count = (far_to - whole_from) // BLOCK_K if part == 0 else (whole_to - near_from) // BLOCK_K if part == 1 else n_other
-        for t in range(0, count):
+        for t in range(count):
             if part == 0:
                 j0 = whole_from + t * BLOCK_K
             elif part == 1:
