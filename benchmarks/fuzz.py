@@ -93,7 +93,8 @@ def fuzz_one(name: str, n_inputs: int, seconds: float, corpus: Path, report: Pat
             return made[:max_size]
 
         longest = 4 * max(len(data) for data in seeds) + 4096
-        options = [f"-max_len={longest}", f"-seed={seed}", "-timeout=60", "-rss_limit_mb=8192", "-runs=-1", str(corpus)]
+        options = [f"-max_len={longest}", f"-seed={seed}", "-timeout=60", "-rss_limit_mb=8192", "-runs=-1"]
+        options += [f"-artifact_prefix={corpus}/", str(corpus)]  # where libFuzzer puts inputs that it found slow or fatal
         atheris.Setup([sys.argv[0], *options], one, custom_mutator=mutator)
         try:
             atheris.Fuzz()

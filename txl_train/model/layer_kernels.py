@@ -6,7 +6,7 @@ the type of the operands is.
 """
 
 # Shape suffixes: B batch, Q inputs (ext_len + tgt_len), M mem_len, K = M + Q keys, S slots of a ring, H heads, E d_head, W = H*E,
-# D d_model, N tokens, R tokens of one tail cluster, C distances, V words
+# D d_model, N tokens, C distances, P places of a row of them, V words
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor, nn
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 LEAST = tl.constexpr(-1e30)
 
 
@@ -127,7 +126,7 @@ MARGIN = 512
 
 
 def score_blocks(dtype: torch.dtype, n_token: int) -> tuple[int, int]:
-    """Return tokens and distances of a program."""
+    """Return tokens and distances of a program, for a step of so many tokens."""
     if dtype == torch.float32:
         return (16, 32) if n_token <= 256 else (64, 64)
     return (16 if n_token <= 128 else 32 if n_token <= 256 else 64), (64 if n_token <= 256 else 128)
@@ -296,7 +295,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 def attend_blocks(dtype: torch.dtype, n_head: int, n_query: int, d_head: int) -> tuple[int, ...]:
-    """Return what was fastest on an H200, for the heads of all streams: see `benchmarks/gpu_profile.py`."""
+    """Return what was fastest on an H200 in float16, for the heads of all streams (`benchmarks/gpu_profile.py`); in float32, what spills nothing."""
     if dtype == torch.float32:
         return (32, 32, 4, 3) if n_head * triton.cdiv(n_query, 32) >= 256 and d_head <= 64 else (16, 32, 4, 3)
     # few streams: more and smaller programs, or most of the GPU would have nothing to do

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from txl_train.model.layer_kernels import LEAST, LN_2, LOG2_E, precision_of
+from txl_train.model.layer_kernels import LEAST, LOG2_E, precision_of
+
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -85,6 +85,22 @@ def test_it_does_where_scores_by_distance_are_aligned(dtype: torch.dtype) -> Non
     assert_alike(plain, fused, config, tgt_len=8, atol=2e-5 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize(("mem_len", "tgt_len", "n_distance"), [(640, 64, 464), (24, 8, 17), (7, 16, 24), (320, 64, 385)])
+def test_scores_of_eight_keys_lie_at_sixteen_bytes_for_every_query(mem_len: int, tgt_len: int, n_distance: int) -> None:
+    """What the kernels tell Triton, whose interpreter does not look: on a GPU, it would end in a misaligned address."""
+    from txl_train.model import layer_kernels
+
+    H, E, N = 2, 4, 2 * tgt_len
+    operands = torch.zeros(N, 3 * H * E), torch.zeros(H, E), torch.zeros(H, n_distance, E)
+    ring = torch.zeros(2, 2, H, 2 * (mem_len + tgt_len), E)
+    start = torch.zeros(1, dtype=torch.int64)
+    scores_HNP = layer_kernels.score_and_keep(*operands, ring, start, n_query=tgt_len, mem_len=mem_len, scale=1.0)
+    pitch, n_alike = scores_HNP.shape[2], mem_len + tgt_len - n_distance + 1
+    first_key = scores_HNP.storage_offset() + pitch - n_distance + tgt_len - 1 - n_alike  # of query 0, as `_attend` finds it
+    assert first_key % 8 == 0
+    assert pitch % 8 == 1  # a query's row begins one place further, and its distances one earlier
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("aligned", [True, False])
 def test_it_does_where_every_kernel_takes_several_blocks(aligned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
