@@ -295,7 +295,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 def attend_blocks(dtype: torch.dtype, n_head: int, n_query: int, d_head: int) -> tuple[int, ...]:
-    """Return what was fastest for the heads of all streams: float16 on an H200 (`benchmarks/gpu_profile.py`); float32 by its spills alone."""
+    """Return what was fastest for the heads of all streams: float16 on an H200 (`benchmarks/gpu_profile.py`); float32 by its spills."""
     if dtype == torch.float32:
         return (32, 32, 4, 3) if n_head * triton.cdiv(n_query, 32) >= 256 and d_head <= 64 else (16, 32, 4, 3)
     # few streams: more and smaller programs, or most of the GPU would have nothing to do
