@@ -154,7 +154,7 @@ def test_a_graph_that_takes_numbers_from_outside_its_manifest_is_refused(tmp_pat
 
 
 def test_a_document_with_half_a_character_is_refused(tmp_path: Path) -> None:
-    """JSON can write such a text; no file can have it for a name, and no line of output can hold it."""
+    """No file can have it for a name. Bytes of a path that are not UTF-8 are held otherwise: test_manifest.py."""
     text = '{"schema_version": 2, "files": {"\\ud800": {"sha256": "", "bytes": 1}}}'
     with pytest.raises(ManifestError, match=r"is not valid JSON: '\\ud800' is no character, but half of one"):
         documents.parse(text, tmp_path / "manifest.json", ManifestError, "Export again.")

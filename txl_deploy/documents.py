@@ -69,9 +69,12 @@ def _check_depth(document: Any) -> None:
 
 
 def _check_texts(document: Any) -> None:
-    """Raise ValueError for a text that JSON can write and no file's name or line of output can hold: half of a pair of surrogates."""
+    """Raise ValueError for half of a pair of surrogates: JSON can write it, and no file can have it for a name.
+
+    U+DC80 to U+DCFF stay: as them Python holds the bytes of a path that are not UTF-8 (PEP 383).
+    """
     try:
-        json.dumps(document, ensure_ascii=False).encode()
+        json.dumps(document, ensure_ascii=False).encode(errors="surrogateescape")
     except UnicodeEncodeError as cause:
         raise ValueError(f"{cause.object[cause.start]!a} is no character, but half of one") from cause
 
