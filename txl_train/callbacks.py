@@ -32,6 +32,7 @@ from txl_train.distributed import World
 from txl_train.errors import EnvironmentUnfitError
 from txl_train.evaluate import EvalResult
 from txl_train.records import RunRecord, eval_line, nll_figure, peak_memory_bytes, result_figures, train_line
+from txl_train.rising import RisingLoss
 from txl_train.unfinished import name_beside
 
 if TYPE_CHECKING:
@@ -165,7 +166,10 @@ class Work:
 
 
 class LogProgress(Callback):
-    """A line and a record of metrics every `interval` steps, and after the last one, averaged over the steps since the one before."""
+    """A line and a record of metrics every `interval` steps, and after the last one, averaged over the steps since the one before.
+
+    A loss that rises and stays there is warned of.
+    """
 
     def __init__(self, record: RunRecord, interval: int, *, char: bool, work: Work | None = None) -> None:
         self._record = record
@@ -174,6 +178,7 @@ class LogProgress(Callback):
         self._work = work
         self._window: list[StepReport] = []
         self._seconds = 0.0
+        self._rising = RisingLoss()
         self.latest: dict[str, Any] = {}
         """What was recorded last."""
 
@@ -199,6 +204,8 @@ class LogProgress(Callback):
         ms_per_step = 1000 * seconds / len(window)
         lr, tokens_per_s = window[-1].lr, n_tokens / seconds
         self._record.say(train_line(run.progress, run.batches_per_epoch, lr, ms_per_step, tokens_per_s, loss, char=self._char))
+        if (warning := self._rising.add(run.progress.step, loss)) and run.world.is_main:
+            self._record.warn(warning)
         self.latest = {
             "epoch": run.progress.epoch,
             "batch": run.progress.batch,

@@ -97,12 +97,19 @@ class RunRecord:
 
     def say(self, text: str) -> None:
         """Write a line to train_log.log, and to standard error unless it is to be quiet."""
+        self._write(logging.INFO, text)
+
+    def warn(self, text: str) -> None:
+        """Write a warning to train_log.log and to standard error."""
+        self._write(logging.WARNING, text)
+
+    def _write(self, level: int, text: str) -> None:
         if self._silent:
             return
-        record = log.makeRecord("txl_train", logging.INFO, __file__, 0, self._prefix + text, (), None)
+        record = log.makeRecord("txl_train", level, __file__, 0, self._prefix + text, (), None)
         if self._log is not None:
             self._log.handle(record)
-        if log.isEnabledFor(logging.INFO):
+        if log.isEnabledFor(level):
             log.handle(record)
 
     def measure(self, kind: str, *, step: int, **values: Any) -> None:
