@@ -2,6 +2,7 @@
 
     python benchmarks/fuzz.py                                   # 100,000 inputs each; an hour or two on two cores
     python benchmarks/fuzz.py --inputs 2000 --seconds 60 manifest receipt
+    python benchmarks/fuzz.py --more --seconds 600 config       # goes on where the record has fewer than 100,000, with other changes
     pip install atheris                                         # guides by coverage; without it, changes are blind
 
 What is read, and what counts as a fault, stands in tests/fuzz. Each reader has a process of its own, so that a crash of native code is
@@ -159,6 +160,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--corpus", type=Path, default=ROOT / "runs" / "fuzz", help="where inputs are kept (default runs/fuzz)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the record")
+    parser.add_argument("--more", action="store_true", help="go on from the record, up to --inputs in all, by another seed")
     parser.add_argument("--jobs", type=int, default=1, help="readers side by side (default 1)")
     parser.add_argument("--blind", action="store_true", help="without coverage, even where atheris is installed")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -175,15 +177,19 @@ def main() -> int:
     unknown = sorted(set(options.targets) - set(TARGETS))
     if unknown:
         parser.error(f"there is no reader {', '.join(unknown)}; there are {', '.join(TARGETS)}")
-    names = options.targets or list(TARGETS)
-    guide = f"guided by coverage (atheris {importlib.metadata.version('atheris')})" if guided else "without coverage"
     environment = describe_environment()
+    names = options.targets or list(TARGETS)
+    earlier = recorded(record_path(options.out, environment)) if options.more else {}
+    names = [name for name in names if name not in earlier or counted(earlier[name]) < options.inputs]
+    guide = f"guided by coverage (atheris {importlib.metadata.version('atheris')})" if guided else "without coverage"
     n_faults = 0
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        waiting = {pool.submit(run_target, name, options, guided): name for name in names}
+        waiting = {pool.submit(run_target, name, going_on(options, earlier.get(name)), guided): name for name in names}
         for done in concurrent.futures.as_completed(waiting):
             result = {**done.result(), "seed": options.seed, "guide": guide, "time_utc": f"{utc_now():%Y-%m-%dT%H:%M:%S+00:00}"}
             n_faults += len(result["faults"])
+            if waiting[done] in earlier:
+                result = together(earlier[waiting[done]], result)
             write_record(options.out, waiting[done], result, environment, list(TARGETS))
     return 1 if n_faults else 0
 
@@ -193,12 +199,52 @@ def utc_now() -> datetime.datetime:
     return datetime.datetime.now(datetime.timezone.utc)
 
 
+def record_path(folder: Path, environment: dict[str, Any]) -> Path:
+    """Return where this month's record of this machine is kept."""
+    return folder / f"fuzz_{device_slug(None, environment['cores'])}_{utc_now():%Y%m}.json"
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """Return the rows of a record; none if there is no record."""
+    rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
+    return rows
+
+
+def counted(row: dict[str, Any]) -> int:
+    """Return how many inputs of a row have an outcome: those of a run that was stopped have none."""
+    return sum(row["outcomes"].values())
+
+
+def going_on(options: argparse.Namespace, earlier: dict[str, Any] | None) -> argparse.Namespace:
+    """Return the options for what is missing of the inputs, with a seed that no earlier run had."""
+    if earlier is None:
+        return options
+    changed = {"inputs": options.inputs - counted(earlier), "seed": options.seed + earlier.get("runs", 1)}
+    return argparse.Namespace(**{**vars(options), **changed})
+
+
+def together(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of several runs of one reader: what was counted is added up, and the first run's first coverage stays."""
+    outcomes = Counter(earlier["outcomes"]) + Counter(later["outcomes"])
+    coverage = [(earlier["coverage"] or later["coverage"])[0], later["coverage"][-1]] if later["coverage"] else earlier["coverage"]
+    return {
+        **earlier,
+        **later,
+        "inputs": None if later["inputs"] is None else sum(outcomes.values()),
+        "seconds": (earlier["seconds"] or 0) * bool(counted(earlier)) + (later["seconds"] or 0),
+        "outcomes": dict(outcomes),
+        "faults": {**earlier["faults"], **later["faults"]},
+        "coverage": coverage,
+        "runs": earlier.get("runs", 1) + 1,
+    }
+
+
 def write_record(folder: Path, name: str, result: dict[str, Any], environment: dict[str, Any], order: list[str]) -> None:
     """Put what came of one reader into the record, in place of what is there of it."""
     now = utc_now()
-    path = folder / f"fuzz_{device_slug(None, environment['cores'])}_{now:%Y%m}.json"
+    path = record_path(folder, environment)
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
+    found = recorded(path)
     found[name] = without_folders(result)
     results = {name: found[name] for name in order if name in found}
     document = {"theme": "fuzz", "time_utc": now.isoformat(timespec="seconds"), "environment": environment, "results": results}
@@ -208,7 +254,7 @@ def write_record(folder: Path, name: str, result: dict[str, Any], environment: d
         f"# Damaged and hostile files, {now:%Y-%m-%d}",
         "",
         f"`benchmarks/fuzz.py`, {', '.join(sorted({one['guide'] for one in results.values()}))}, on {environment['cores']} cores,",
-        "shared with other work. A reader that is run again replaces its row.",
+        "shared with other work. A reader that is run again replaces its row; with `--more` its counts are added.",
         f"Figures: [{path.name}]({path.name}). What counts as a fault: tests/fuzz/harness.py.",
         "",
         table(results),
