@@ -18,6 +18,9 @@ TRAINING = (
 LOADING = "Free some memory, or use a machine with more; the file itself may be in order."
 
 _HOST = ("can't allocate memory", "std::bad_alloc", "Cannot allocate memory", "bad allocation", "can't start new thread")
+_ONEDNN = "could not create a primitive"
+"""The whole message of oneDNN when the code that it generates gets no memory: what it cannot compute fails before, at the "primitive
+descriptor"."""
 _DEVICE = ("CUDA out of memory", "CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 _EITHER = ("Failed to allocate memory for requested buffer",)  # ONNX Runtime's arena, of whichever it is
 
@@ -29,7 +32,9 @@ def what_ran_out(error: BaseException) -> str | None:
         return "The device's memory"
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "Memory"
-    return "Memory" if isinstance(error, (RuntimeError, ImportError)) and any(phrase in text for phrase in (*_HOST, *_EITHER)) else None
+    if not isinstance(error, (RuntimeError, ImportError)):
+        return None
+    return "Memory" if text.strip() == _ONEDNN or any(phrase in text for phrase in (*_HOST, *_EITHER)) else None
 
 
 def as_unfit(error: BaseException, remedy: str, *, doing: str = "") -> EnvironmentUnfitError | None:
@@ -37,7 +42,7 @@ def as_unfit(error: BaseException, remedy: str, *, doing: str = "") -> Environme
     which = what_ran_out(error)
     if which is None:
         return None
-    asked = next((line.strip().rstrip(".") for line in str(error).splitlines() if "llocate" in line), "")
+    asked = next((line.strip().rstrip(".") for line in str(error).splitlines() if "llocate" in line or line.strip() == _ONEDNN), "")
     return EnvironmentUnfitError(f"{which} ran out{doing and f' {doing}'}{asked and f': {asked}'}.", remedy=remedy)
 
 

@@ -39,6 +39,8 @@ def raises(error: BaseException) -> Any:
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "Memory"),
         (RuntimeError("std::bad_alloc"), "Memory"),
         (RuntimeError("can't start new thread"), "Memory"),
+        (RuntimeError("could not create a primitive"), "Memory"),
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), None),
         (DEVICE, "The device's memory"),
         (RuntimeError("CUDA error: out of memory"), "The device's memory"),
         (RuntimeError("size mismatch"), None),
