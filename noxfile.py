@@ -30,4 +30,5 @@ def base(session: nox.Session) -> None:
 def resolve(session: nox.Session) -> None:
     """Whether the tested versions exist as wheels for each Python and fit together; PyTorch's are its small builds for CPUs."""
     index = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
-    session.run("pip", "install", "--dry-run", "--quiet", "--only-binary", ":all:", "--constraint", "constraints.txt", *index, ".[dev]")
+    wheels = ["--only-binary", ":all:", "--no-binary", "tensorrt-rtx"]  # which is the list of its parts, and no wheel
+    session.run("pip", "install", "--dry-run", "--quiet", *wheels, "--constraint", "constraints.txt", *index, ".[dev]")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -12,6 +14,7 @@ from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from txl_train.data import pydoc
@@ -34,6 +37,22 @@ def locked() -> set[str]:
 
 def test_every_package_that_gets_installed_has_a_tested_version(licences: ModuleType) -> None:
     assert licences.needed() - locked() == set(), "constraints.txt lacks these: what is installed tomorrow is not what was tested"
+
+
+def test_every_tested_version_is_for_every_python_that_it_is_listed_for() -> None:
+    """A version that no longer supports Python 3.10 makes the whole lock impossible there."""
+    supported = [f"3.{minor}" for minor in range(10, 14)]
+    unfit = []
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        pinned = Requirement(line)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.metadata(pinned.name)
+            if pinned.specifier.contains(found["Version"]) and (needs := found["Requires-Python"]):
+                listed = [python for python in supported if pinned.marker is None or pinned.marker.evaluate({"python_version": python})]
+                unfit += [f"{line}: not on {python}" for python in listed if not SpecifierSet(needs).contains(f"{python}.99")]
+    assert unfit == []
 
 
 def test_the_walk_over_dependencies_reaches_those_of_dependencies(licences: ModuleType) -> None:
