@@ -64,6 +64,10 @@ class EnvironmentUnfitError(TxlError):
     exit_code = 3
 
 
+class PackageMissingError(EnvironmentUnfitError):
+    """A package that is not part of every installation is missing: what it would have checked may be left out and said so."""
+
+
 class ArtifactError(TxlError):
     """A file we wrote is unreadable, was changed, or belongs to another version."""
 

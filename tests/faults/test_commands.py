@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import random
+import resource
 from pathlib import Path
 
 import pytest
 
+from tests.faults.harness import run
 from tests.faults.kills import Tally, Trial, at_every_operation, at_random_moments, on_a_failing_disk
 from tests.faults.scenarios import SCENARIOS, Sources
 
@@ -60,3 +62,17 @@ def test_a_full_disk_leaves_the_earlier_artifact_receipt_and_result(name: str, s
     trial = trial_of(name, sources, tmp_path)
     assert sum(1 for _ in on_a_failing_disk(trial, errno.ENOSPC, step=3)) > 2
     assert trial.tally.failures["3"] > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["export onnx", "export torchscript"])
+def test_a_disk_that_fills_up_within_a_file_ends_an_export_with_3(name: str, sources: Sources, tmp_path: Path) -> None:
+    """As on a full disk, some bytes of the file arrive: native writers of files meet the error, rather than Python's `open`."""
+    scenario, folder = SCENARIOS[name], tmp_path / "work"
+    folder.mkdir()
+    scenario.prepare(sources, folder)
+    for largest in (1 << 13, 1 << 14):
+        ended = run(scenario.arguments(sources, folder), folder, limits={resource.RLIMIT_FSIZE: largest})
+        assert ended.code == 3, ended.said[-2000:]
+        assert "cannot be written" in ended.said, ended.said[-2000:]
+        scenario.check(sources, folder)

@@ -33,7 +33,7 @@ from txl_deploy.signature import TensorSpec, step_signature
 from txl_train import unfinished
 from txl_train.checkpoint import load_model
 from txl_train.config import HeadKind, MemoryKind, SameLengthRule, to_dict
-from txl_train.errors import EnvironmentUnfitError, ManifestError, UsageError, ValidationError
+from txl_train.errors import EnvironmentUnfitError, ManifestError, PackageMissingError, UsageError, ValidationError
 from txl_train.model.inference import STEPS, with_lengths
 from txl_train.model.memory import best_memory_kind
 
@@ -175,7 +175,7 @@ def export_artifact(request: ExportRequest) -> Exported:
         )
         try:
             runtime = open_artifact(directory)
-        except EnvironmentUnfitError:
+        except PackageMissingError:
             return Exported(request.out, manifest, None)
         reference = EagerRuntime(model, tgt_len=tgt_len, memory=memory, config=config, head=request.head, origin=str(request.checkpoint))
         checked_on, segments = "random tokens", random_segments(config, tgt_len=tgt_len, batch_size=request.batch_size or BATCH_SIZE)

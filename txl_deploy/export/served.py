@@ -26,7 +26,7 @@ from txl_deploy.manifest import Manifest
 from txl_deploy.parity.rollout import BATCH_SIZE, ParityResult, compare, random_segments
 from txl_deploy.runtimes.registry import artifact_config, open_artifact
 from txl_deploy.signature import step_signature
-from txl_train.errors import EnvironmentUnfitError, UsageError, ValidationError
+from txl_train.errors import EnvironmentUnfitError, PackageMissingError, UsageError, ValidationError
 from txl_train.files import file_sha256
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def export_served(artifact: Path, out: Path, *, overwrite: bool = False, command
         )
         try:
             before, after = open_artifact(artifact), open_artifact(directory)
-        except EnvironmentUnfitError:
+        except PackageMissingError:
             return Served(out, manifest, None)
         parity = compare(before, after, random_segments(config, tgt_len=settings.tgt_len, batch_size=fixed or BATCH_SIZE))
         if not parity.passed:

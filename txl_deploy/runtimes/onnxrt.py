@@ -14,6 +14,7 @@ left to others is judged by `claims`.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import tempfile
 from collections import Counter
@@ -30,11 +31,12 @@ from txl_deploy.claims import FLOATS, compute_type, stored_matrices
 from txl_deploy.runtimes.base import TORCH_TYPES, RuntimeInfo
 from txl_deploy.runtimes.graph import GraphRuntime
 from txl_deploy.signature import TensorSpec, step_signature
-from txl_train.errors import ArtifactError, EnvironmentUnfitError, TxlError, UsageError
+from txl_train.errors import ArtifactError, EnvironmentUnfitError, PackageMissingError, TxlError, UsageError
 from txl_train.exhaustion import LOADING, as_unfit
 from txl_train.model.memory import Memory, state_count, state_shape
 
 _INSTALL = "Install it with `pip install 'txl[onnx]'` (or `'txl[onnx-gpu]'` on a GPU)."
+_TEMPORARY = "Free some space in the folder for temporary files, or name another one in TMPDIR."
 _ELEMENTS: dict[torch.dtype, Any] = {torch.int64: np.int64, torch.float32: np.float32, torch.float16: np.float16}
 _PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "FusedMatMulActivation", "GemmFastGelu", "TransposeMatMul"}
 _INTEGER_PRODUCTS = {"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
@@ -66,7 +68,7 @@ class OnnxRuntime(GraphRuntime):
         try:
             import onnxruntime
         except ImportError as error:
-            raise EnvironmentUnfitError("onnxruntime is not installed.", remedy=_INSTALL) from error
+            raise as_unfit(error, LOADING) or PackageMissingError("onnxruntime is not installed.", remedy=_INSTALL) from error
         on_gpu = info.device.startswith("cuda")
         wanted = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
         if wanted not in onnxruntime.get_available_providers():
@@ -119,6 +121,10 @@ class OnnxRuntime(GraphRuntime):
         except Exception as error:  # onnxruntime's exceptions share no public base class
             if told := as_unfit(error, LOADING, doing=f"when {path} was loaded"):
                 raise told from error
+            if isinstance(error, OSError):  # none of onnxruntime's own
+                raise EnvironmentUnfitError(
+                    f"The profile by which {path} is read back cannot be written: {error.strerror or error}.", remedy=_TEMPORARY
+                ) from error
             reason = str(error).strip().splitlines()[0]
             if on_gpu:
                 raise EnvironmentUnfitError(
@@ -142,7 +148,10 @@ class OnnxRuntime(GraphRuntime):
             )
 
     def _profile(self) -> list[Mapping[str, Any]]:
-        """Run one step of nothing but zeros and return the events that the session recorded, which then records no more."""
+        """Run one step of nothing but zeros and return the events that the session recorded, which then records no more.
+
+        Raises `OSError` where the session could not write them all.
+        """
         info = self._info
         B, T = info.min_batch, info.tgt_len
         ids_BQ = torch.zeros((B, info.config.ext_len + T), dtype=torch.int64, device=self._device)
@@ -150,7 +159,10 @@ class OnnxRuntime(GraphRuntime):
         rows = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(info.config.n_cluster)]
         self.run(ids_BQ, targets, rows, self.initial_memory(B))
         with open(self._session.end_profiling(), encoding="utf-8") as file:
-            events: list[Mapping[str, Any]] = json.load(file)
+            try:
+                events: list[Mapping[str, Any]] = json.load(file)
+            except ValueError as error:  # onnxruntime tells nothing of a disk that is full
+                raise OSError(errno.EIO, "only a part of it arrived on the disk") from error
         return events
 
     def _check_graph(self, path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from txl_deploy.export.artifact import ExportRequest, export_artifact
 from txl_deploy.manifest import read_manifest, verify
 from txl_train.checkpoint import load_model, save_checkpoint
 from txl_train.data.vocabulary import Vocabulary
-from txl_train.errors import CheckpointError, EnvironmentUnfitError, UsageError, ValidationError
+from txl_train.errors import CheckpointError, EnvironmentUnfitError, PackageMissingError, UsageError, ValidationError
 from txl_train.files import file_sha256
 from txl_train.model.inference import InferenceStep
 
@@ -196,6 +197,24 @@ def test_a_place_that_cannot_be_written_is_an_unfit_environment(exports: Exports
     with pytest.raises(EnvironmentUnfitError, match="cannot be written") as error:
         export_artifact(ExportRequest(checkpoint=exports.checkpoint, out=tmp_path / "file" / "out", format="torchscript"))
     assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "skips"), [(PackageMissingError("onnxruntime is not installed."), True), (EnvironmentUnfitError("Memory ran out."), False)]
+)
+def test_only_a_missing_package_lets_an_export_go_uncompared(
+    error: EnvironmentUnfitError, skips: bool, exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(artifacts, "open_artifact", fails)
+    if skips:
+        assert export_artifact(request(exports, tmp_path / "a")).parity is None
+    else:
+        with pytest.raises(EnvironmentUnfitError, match="Memory ran out"):
+            export_artifact(request(exports, tmp_path / "a"))
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("name", "loader"), [("torchscript", "torch.jit.load"), ("onnx", "onnxruntime.InferenceSession")])
