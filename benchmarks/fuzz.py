@@ -3,7 +3,7 @@
     python benchmarks/fuzz.py                                   # 100,000 inputs each; an hour or two on two cores
     python benchmarks/fuzz.py --inputs 2000 --seconds 60 manifest receipt
     python benchmarks/fuzz.py --more --seconds 600 config       # goes on where the record has fewer than 100,000, with other changes
-    pip install atheris                                         # guides by coverage; without it, changes are blind
+    pip install atheris                                         # guides by coverage; without it, changes of what it kept are blind
 
 What is read, and what counts as a fault, stands in tests/fuzz. Each reader has a process of its own, so that a crash of native code is
 found and the others go on. An input that makes a fault is kept in --corpus. Exit code 1 if there was one. Writes
@@ -80,7 +80,8 @@ def fuzz_one(name: str, n_inputs: int, seconds: float, corpus: Path, report: Pat
 
     with harness.limited_memory(harness.LARGEST_BYTES):
         if not guided:
-            for data in harness.inputs(target, seeds, n_inputs + 1, seed):
+            kept = [path.read_bytes() for path in sorted(corpus.iterdir()) if re.fullmatch("[0-9a-f]{40}", path.name)]
+            for data in harness.inputs(target, (*seeds, *kept), n_inputs + 1, seed):  # from what earlier runs found to reach new code, too
                 one(data)
         for number, data in enumerate(seeds):
             (corpus / f"seed-{number}").write_bytes(data)
@@ -236,6 +237,7 @@ def together(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
         "faults": {**earlier["faults"], **later["faults"]},
         "coverage": coverage,
         "runs": earlier.get("runs", 1) + 1,
+        "guide": " and ".join(dict.fromkeys([*earlier["guide"].split(" and "), later["guide"]])),
     }
 
 
@@ -253,7 +255,8 @@ def write_record(folder: Path, name: str, result: dict[str, Any], environment: d
     lines = [
         f"# Damaged and hostile files, {now:%Y-%m-%d}",
         "",
-        f"`benchmarks/fuzz.py`, {', '.join(sorted({one['guide'] for one in results.values()}))}, on {environment['cores']} cores,",
+        f"`benchmarks/fuzz.py`, {', '.join(sorted({part for one in results.values() for part in one['guide'].split(' and ')}))}, on "
+        f"{environment['cores']} cores,",
         "shared with other work. A reader that is run again replaces its row; with `--more` its counts are added.",
         f"Figures: [{path.name}]({path.name}). What counts as a fault: tests/fuzz/harness.py.",
         "",

@@ -13,7 +13,15 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 def row(read: int, refused: int, **others: Any) -> dict[str, Any]:
     outcomes = {"read": read, "ManifestError": refused}
-    return {"inputs": read + refused, "seconds": 10.0, "outcomes": outcomes, "faults": {}, "coverage": [10, 20], **others}
+    return {
+        "inputs": read + refused,
+        "seconds": 10.0,
+        "outcomes": outcomes,
+        "faults": {},
+        "coverage": [10, 20],
+        "guide": "coverage",
+        **others,
+    }
 
 
 def test_runs_of_one_reader_add_up_and_each_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,11 +32,12 @@ def test_runs_of_one_reader_add_up_and_each_has_a_seed_of_its_own(monkeypatch: p
     first = row(100, 200, note="what was found")
     missing = fuzz.going_on(options, first)
     assert (missing.inputs, missing.seed) == (700, 2)
-    second = fuzz.together(first, row(1, 399, faults={"a hang": "a hang: more than 20 s"}, coverage=[15, 30]))
+    second = fuzz.together(first, row(1, 399, faults={"a hang": "a hang: more than 20 s"}, coverage=[15, 30], guide="blind"))
     assert (second["inputs"], second["seconds"], second["runs"], second["coverage"]) == (700, 20.0, 2, [10, 30])
     assert second["outcomes"] == {"read": 101, "ManifestError": 599}
     assert second["note"] == "what was found"
     assert second["faults"]
+    assert second["guide"] == fuzz.together(second, row(1, 1))["guide"] == "coverage and blind"
     assert (fuzz.going_on(options, second).inputs, fuzz.going_on(options, second).seed) == (300, 3)
     assert fuzz.going_on(options, None) is options
 
@@ -37,7 +46,7 @@ def test_inputs_of_a_run_that_was_stopped_do_not_count(monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import fuzz
 
-    stopped = {"inputs": 74_399, "seconds": None, "outcomes": {}, "faults": {}, "coverage": None}
+    stopped = {"inputs": 74_399, "seconds": None, "outcomes": {}, "faults": {}, "coverage": None, "guide": "coverage"}
     assert fuzz.counted(stopped) == 0
     both = fuzz.together(stopped, row(1, 2))
     assert (both["inputs"], both["seconds"], both["coverage"]) == (3, 10.0, [10, 20])

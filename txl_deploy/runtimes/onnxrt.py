@@ -116,6 +116,7 @@ class OnnxRuntime(GraphRuntime):
             del self._session, self._binding
             start()
             self._check_provider(wanted)
+            metadata = self._session.get_modelmeta().custom_metadata_map
         except TxlError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no public base class
@@ -133,7 +134,7 @@ class OnnxRuntime(GraphRuntime):
             raise ArtifactError(
                 f"ONNX Runtime cannot load {path}: {reason}", remedy="Export it again with `txl export --format onnx`."
             ) from error
-        settings_found = settings_of(self._session.get_modelmeta().custom_metadata_map)
+        settings_found = settings_of(metadata)
         readback = {"weights": stored_matrices(path), **_read_back(profile, wanted), "settings": settings_found}
         compute = compute_type(readback["products"])
         if compute == "fp32" and str(self._session.get_provider_options()[wanted].get("use_tf32", "0")).lower() not in ("0", "false"):

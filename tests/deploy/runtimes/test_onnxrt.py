@@ -19,7 +19,7 @@ from txl_deploy.runtimes import onnxrt
 from txl_deploy.runtimes.base import HeadError, RuntimeInfo, ShapeRangeError
 from txl_deploy.runtimes.onnxrt import OnnxRuntime
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact
-from txl_train.errors import EnvironmentUnfitError, ValidationError
+from txl_train.errors import ArtifactError, EnvironmentUnfitError, ValidationError
 
 BATCH = 2
 
@@ -87,6 +87,14 @@ def test_what_a_graph_says_is_read_as_values_and_what_is_none_stays_a_text() -> 
         "same_length": True,
     }
     assert onnxrt.settings_of({"txl.tgt_len": "-5", "txl.same_length": "True"}) == {"tgt_len": "-5", "same_length": "True"}
+
+
+def test_a_graph_that_says_of_itself_what_is_no_text_is_refused(exports: Exports, tmp_path: Path) -> None:
+    content = (exports.onnx / "model.onnx").read_bytes()
+    sha256 = open_artifact(exports.onnx).info.readback["settings"]["checkpoint_sha256"].encode()
+    (tmp_path / "model.onnx").write_bytes(content.replace(sha256, b"\xff" + sha256[1:]))
+    with pytest.raises(ArtifactError, match="cannot load"):
+        OnnxRuntime(tmp_path / "model.onnx", open_artifact(exports.onnx).info)
 
 
 def test_profiling_ends_before_the_first_real_step_and_leaves_no_file(
