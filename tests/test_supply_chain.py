@@ -59,6 +59,7 @@ def test_the_walk_over_dependencies_reaches_those_of_dependencies(licences: Modu
     assert {"torch", "sympy", "mpmath", "urllib3", "pillow", "werkzeug"} <= licences.needed()
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the list is of the versions that Python 3.11 and newer ones get")
 def test_the_list_of_licences_is_current(licences: ModuleType) -> None:
     listed = dict(re.findall(r"^\| ([\w.-]+) \| ([^|]+?) \|", (ROOT / "docs" / "licences.md").read_text(encoding="utf-8"), re.M))
     installed = licences.licences_of(licences.needed())
