@@ -49,7 +49,7 @@ def test_every_tested_version_is_for_every_python_that_it_is_listed_for() -> Non
         pinned = Requirement(line)
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found = importlib.metadata.metadata(pinned.name)
-            if pinned.specifier.contains(found["Version"]) and (needs := found["Requires-Python"]):
+            if pinned.specifier.contains(found["Version"]) and (needs := found.get("Requires-Python")):
                 listed = [python for python in supported if pinned.marker is None or pinned.marker.evaluate({"python_version": python})]
                 unfit += [f"{line}: not on {python}" for python in listed if not SpecifierSet(needs).contains(f"{python}.99")]
     assert unfit == []

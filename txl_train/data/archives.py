@@ -84,6 +84,10 @@ def translated(source: Path) -> Iterator[None]:
     """Turn what the standard library says of a damaged archive into a `DataError`."""
     try:
         yield
+    except MemoryError as error:  # LZMA's window is as large as the archive says
+        raise DataError(
+            f"{source} asks for more memory to be unpacked than there is.", remedy="Pack it anew, with gzip for example."
+        ) from error
     except (*_DAMAGE, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, gzip.BadGzipFile):
             raise  # the disk's, not the archive's: bzip2 calls damage an OSError too, but one without a number
@@ -137,6 +141,11 @@ def _of_zip(source: Path, file: BinaryIO) -> Iterator[Member]:
     with translated(source), zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             kind = stat.S_IFMT(info.external_attr >> 16)
+            if info.compress_type == zipfile.ZIP_LZMA:
+                raise DataError(
+                    f"{source} holds {_base_name(info.filename)} compressed by LZMA, which may ask for any amount of memory.",
+                    remedy="Pack it anew, with zip's usual compression.",
+                )
             if not info.is_dir() and kind in (0, stat.S_IFREG):
                 with archive.open(info) as stream:
                     yield Member(_base_name(info.filename), stream, source)

@@ -30,6 +30,8 @@ from txl_train.errors import ManifestError
 V100 = {"name": "Tesla V100-SXM2-16GB", "compute_capability": "7.0", "driver": "550.54.15"}
 T4 = {"name": "Tesla T4", "compute_capability": "7.5", "driver": "550.54.15"}
 
+ON_ITS_PYTHONS = pytest.mark.skipif(sys.version_info[:2] > (3, 12), reason="TensorRT 10.4, whose kit this is, is for Python 3.10 to 3.12")
+
 STAND_IN = '''
 """As much of TensorRT 10.4 as a kit's script calls. `journal` lists what it was asked for."""
 import os
@@ -260,6 +262,7 @@ def test_a_graph_that_is_none_gets_no_kit(artifact: Path, tmp_path: Path) -> Non
         )
 
 
+@ON_ITS_PYTHONS
 @pytest.mark.parametrize(
     ("gpus", "version", "code", "words"),
     [
@@ -308,6 +311,7 @@ def test_a_python_without_the_package_is_refused(kit: Path, monkeypatch: pytest.
     assert "PYTHON=python3.12 sh build.sh" in said
 
 
+@ON_ITS_PYTHONS
 @pytest.mark.parametrize("file", ["kit.json", "onnx/model.onnx", "onnx/vocabulary.json", "onnx/manifest.json"])
 def test_a_changed_byte_is_refused_before_tensorrt_is_loaded(
     kit: Path, tensorrt: Callable[[str], Path], capsys: pytest.CaptureFixture[str], file: str
@@ -325,6 +329,7 @@ def test_a_changed_byte_is_refused_before_tensorrt_is_loaded(
     assert script.main([]) == 4
 
 
+@ON_ITS_PYTHONS
 def test_the_kit_builds_a_valid_artifact_on_its_target(
     kit: Path, artifact: Path, tensorrt: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -368,6 +373,7 @@ def test_the_kit_builds_a_valid_artifact_on_its_target(
     assert f"{engine} exists" in capsys.readouterr().err
 
 
+@ON_ITS_PYTHONS
 @pytest.mark.parametrize(
     ("attributes", "code", "words"),
     [
@@ -391,6 +397,7 @@ def test_a_build_that_fails_leaves_nothing(
     assert not [path.name for path in kit.iterdir() if "engine" in path.name]
 
 
+@ON_ITS_PYTHONS
 def test_what_a_killed_build_has_left_goes_with_the_next(kit: Path, tensorrt: Callable[[str], Path]) -> None:
     tensorrt("10.4.0")
     left = kit / f".engine.abcdefgh{kit_build.UNFINISHED}"
@@ -423,6 +430,7 @@ def test_tensorrt_rtx_builds_a_kit_for_a_t4_without_a_gpu(kit_for: Callable[[str
     assert manifest.files["model.plan"].bytes == len(built.plan)
 
 
+@ON_ITS_PYTHONS
 def test_the_one_command_looks_at_the_machine_before_it_installs_anything(kit: Path) -> None:
     if kit_build.gpus():
         pytest.skip("needs a machine without a GPU")

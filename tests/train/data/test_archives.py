@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from txl_train.data.archives import members
+from txl_train.data.archives import members, translated
 from txl_train.errors import DataError
 
 FILES = {"wikitext/wiki.train.tokens": b"a b\n" * 100, "wikitext/wiki.test.tokens": b"c\n"}
@@ -93,6 +93,18 @@ def test_paths_and_links_in_an_archive_do_no_harm(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     assert contents(archive) == {"outside.txt": b"x", "absolute.txt": b"x"}
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_zip_by_lzma_which_chooses_how_much_memory_it_gets_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("train.txt", b"words\n")
+    with pytest.raises(DataError, match=r"train\.txt compressed by LZMA"):
+        list(members(tmp_path / "a.zip"))
+
+
+def test_an_archive_that_asks_for_too_much_memory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="asks for more memory"), translated(tmp_path / "a.xz"):
+        raise MemoryError
 
 
 def test_links_in_a_zip_are_left_out(tmp_path: Path) -> None:
