@@ -78,11 +78,12 @@ def fuzz_one(name: str, n_inputs: int, seconds: float, corpus: Path, report: Pat
             work.cleanup()
             os._exit(0)  # libFuzzer ends the process by itself too, but without telling
 
+    longest = 4 * max(len(data) for data in seeds) + 4096
     with harness.limited_memory(harness.LARGEST_BYTES):
         if not guided:
             kept = [path.read_bytes() for path in sorted(corpus.iterdir()) if re.fullmatch("[0-9a-f]{40}", path.name)]
             for data in harness.inputs(target, (*seeds, *kept), n_inputs + 1, seed):  # from what earlier runs found to reach new code, too
-                one(data)
+                one(data[:longest])
         for number, data in enumerate(seeds):
             (corpus / f"seed-{number}").write_bytes(data)
 
@@ -94,7 +95,6 @@ def fuzz_one(name: str, n_inputs: int, seconds: float, corpus: Path, report: Pat
                     made = target.mend(made)
             return made[:max_size]
 
-        longest = 4 * max(len(data) for data in seeds) + 4096
         options = [f"-max_len={longest}", f"-seed={seed}", "-timeout=60", "-rss_limit_mb=8192", "-runs=-1"]
         options += [f"-artifact_prefix={corpus}/", str(corpus)]  # where libFuzzer puts inputs that it found slow or fatal
         atheris.Setup([sys.argv[0], *options], one, custom_mutator=mutator)
