@@ -185,9 +185,10 @@ def main() -> int:
     guide = f"guided by coverage (atheris {importlib.metadata.version('atheris')})" if guided else "without coverage"
     n_faults = 0
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        waiting = {pool.submit(run_target, name, going_on(options, earlier.get(name)), guided): name for name in names}
+        runs = {name: going_on(options, earlier.get(name)) for name in names}
+        waiting = {pool.submit(run_target, name, runs[name], guided): name for name in names}
         for done in concurrent.futures.as_completed(waiting):
-            result = {**done.result(), "seed": options.seed, "guide": guide, "time_utc": f"{utc_now():%Y-%m-%dT%H:%M:%S+00:00}"}
+            result = {**done.result(), "seed": runs[waiting[done]].seed, "guide": guide, "time_utc": f"{utc_now():%Y-%m-%dT%H:%M:%S+00:00}"}
             n_faults += len(result["faults"])
             if waiting[done] in earlier:
                 result = together(earlier[waiting[done]], result)

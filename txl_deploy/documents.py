@@ -109,9 +109,8 @@ def from_plain(expected: Any, value: Any, where: str = "", error: type[ArtifactE
     compound = next((kind for kind in arguments if origin is UnionType and get_origin(kind) is not None), None)
     if compound is not None and value is not None:  # a dict, a list or a literal, or None
         return from_plain(compound, value, where, error)
-    kinds = tuple(
-        kind for kind in (arguments or (expected,)) if isinstance(kind, type) and get_origin(kind) is None
-    )  # `list[int]` is one in 3.10
+    # without the second condition Python 3.10 takes `list[int]` for a type
+    kinds = tuple(kind for kind in (arguments or (expected,)) if isinstance(kind, type) and get_origin(kind) is None)
     if expected is Any or (origin not in (dict, list) and isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)):
         return value
     name = getattr(expected, "__name__", str(expected)) if not arguments or origin in (dict, list) else str(expected)

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from txl_train.errors import DataError
+from txl_train.exhaustion import told_when_memory_runs_out
 
 DEEPEST = 3
 """Levels of folders that are searched."""
 
+_MEMORY = "Free some memory, or pack it anew with gzip: xz takes as much as the archive says."
 _BLOCK_BYTES = 1 << 20
 _HEAD_BYTES = 512
 
@@ -81,13 +83,10 @@ def members(source: Path) -> Iterator[Member]:
 
 @contextlib.contextmanager
 def translated(source: Path) -> Iterator[None]:
-    """Turn what the standard library says of a damaged archive into a `DataError`."""
+    """Turn what the standard library says of a damaged archive into a `DataError`, and too little memory into `EnvironmentUnfitError`."""
     try:
-        yield
-    except MemoryError as error:  # LZMA's window is as large as the archive says
-        raise DataError(
-            f"{source} asks for more memory to be unpacked than there is.", remedy="Pack it anew, with gzip for example."
-        ) from error
+        with told_when_memory_runs_out(_MEMORY, doing=f"when {source} was unpacked"):
+            yield
     except (*_DAMAGE, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, gzip.BadGzipFile):
             raise  # the disk's, not the archive's: bzip2 calls damage an OSError too, but one without a number
