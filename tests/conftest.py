@@ -1,4 +1,4 @@
-"""What all tests share: long files go first, PyTorch takes one thread, Ctrl-C works, where the reference's recorded results lie."""
+"""What all tests share: the order of files, one thread for PyTorch, no deadlines, Ctrl-C, where recorded results of the reference lie."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ _LEVELS = {
 """As they are before any command has run."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too
+
+if importlib.util.find_spec("hypothesis") is not None:
+    import hypothesis
+
+    hypothesis.settings.register_profile("txl", deadline=None)  # the first example may import something, and the machine may be busy
+    hypothesis.settings.load_profile("txl")
 
 if importlib.util.find_spec("torch") is not None:
     import torch

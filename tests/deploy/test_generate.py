@@ -60,7 +60,7 @@ def test_greedy_tokens_are_those_of_the_slow_model(exports):
     assert [token.end for token in made] == [None] * 5 + ["max-tokens"]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 22), min_size=1, max_size=14))
 def test_what_is_drawn_from_is_the_full_softmax_of_the_slow_model_after_any_prompt(exports, prompt):
     """The oracle reads the prompt in the same cut: segments of five while more follows, then single tokens."""

@@ -17,7 +17,7 @@ from txl_train.errors import UsageError
 scores = st.lists(st.floats(-30, 30), min_size=1, max_size=40).map(lambda values: torch.tensor(values, dtype=torch.float32))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(scores)
 def test_without_filters_it_is_the_softmax(scores_V):
     p_V = distribution(log_probs(scores_V), Sampling())
@@ -62,7 +62,7 @@ def slow_distribution(log_p: list[float], temperature: float, top_k: int | None,
 filters = {"temperature": st.floats(0.2, 5), "top_k": st.none() | st.integers(1, 30), "top_p": st.none() | st.floats(0.01, 1)}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(-40, 40), min_size=1, max_size=25), st.fixed_dictionaries(filters))
 def test_filters_do_what_a_slow_reading_of_their_words_does(quarters, asked):
     """Scores in quarters, so that there are equal ones, and those that are not differ by more than rounding."""
@@ -72,7 +72,7 @@ def test_filters_do_what_a_slow_reading_of_their_words_does(quarters, asked):
     assert distribution(log_p_V, Sampling(**asked)).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-300)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["plain softmax", "adaptive softmax", "narrower tail clusters", "untied weights", "no tied projection"]),
     st.integers(0, 10**6),
@@ -94,7 +94,7 @@ def test_what_a_head_gives_is_the_full_softmax_of_the_slow_model_whatever_is_ask
         assert p_V.tolist() == pytest.approx(expected, abs=2e-4)  # the model's float32, at a temperature of 0.2
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(scores, st.integers(1, 45), st.floats(0.01, 1), st.floats(0.1, 5))
 def test_filters_keep_the_most_probable_and_the_proportions_among_them(scores_V, top_k, top_p, temperature):
     log_p_V = log_probs(scores_V)

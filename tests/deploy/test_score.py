@@ -45,7 +45,7 @@ def expected_of_fake(ids: Ids, tgt_len: int = 4, mem_len: int = 8) -> list[float
     return list(FakeRuntime().nll + (ids[:-1] + 2 * ids[1:]) % 7 / 10 - 0.01 * remembered) if len(ids) > 1 else []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 20), max_size=25), st.integers(1, 6))
 def test_every_text_begins_at_a_cold_start_and_keeps_its_place(lengths: list[int], batch_size: int) -> None:
     texts = texts_of(lengths, 100)

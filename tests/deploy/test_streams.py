@@ -68,7 +68,7 @@ def test_the_first_token_of_a_stream_costs_nothing_as_nothing_is_before_it(runti
 
 
 @given(seed=st.integers(0, 2**32 - 1), n_streams=st.integers(1, 9), max_rows=st.integers(1, 5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_interleaved_streams_cost_what_they_cost_alone(exports_runtime, seed, n_streams, max_rows):
     """Streams of other lengths begin, pause, end and begin again under the same place, in any company."""
     generator = np.random.default_rng(seed)

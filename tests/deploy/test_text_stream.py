@@ -39,7 +39,7 @@ def test_a_stop_is_found_across_tokens_and_is_not_shown(stop):
     assert next(reason for reason in told if reason) == stop
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.sampled_from(WORDS), min_size=1, max_size=15),
     st.lists(st.sampled_from(["known", "-", "l-k", "\n", '"', " the"]), max_size=2),

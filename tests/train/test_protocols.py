@@ -215,7 +215,7 @@ def test_a_column_shorter_than_the_warm_up_comes_whole_and_costs_its_neighbour_t
     ext_len=st.integers(0, 12),
     warm_ups=st.integers(0, 5),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_inputs_stand_before_their_targets_and_every_column_is_scored_but_for_what_is_told(
     n_tokens: int, batch_size: int, tgt_len: int, ext_len: int, warm_ups: int
 ) -> None:

@@ -54,7 +54,7 @@ def test_characters_and_bytes_and_subwords_come_back():
 MARKS = ["word", "@-@", "@,@", "@.@", ",", ".", '"', "'", "'s", "n't", "(", ")", "$", "<eos>", "<unk>", "5", "%", "=", "日", "&amp;"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from(range(len(MARKS))), max_size=12))
 def test_what_is_stable_stays_whatever_follows(ids):
     detokenizer = Detokenizer(get_dataset("wt103"), Vocabulary(MARKS, unit="word"))
@@ -63,7 +63,7 @@ def test_what_is_stable_stays_whatever_follows(ids):
             assert detokenizer.text(ids[:m]).startswith(detokenizer.stable(ids[:n]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=8))
 def test_no_half_of_a_character_is_stable(text):
     numbers = Vocabulary([str(i) for i in range(256)], unit="byte")

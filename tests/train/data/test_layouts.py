@@ -15,7 +15,7 @@ from txl_train.data.layouts import Found, Portion, portions, read, rule_of
 from txl_train.errors import DataError
 
 WORDS = st.text(st.sampled_from("ab \n\t\r\u00a0\u3000\u00e9\x1c"), min_size=1, max_size=80)
-small_blocks = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+small_blocks = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture

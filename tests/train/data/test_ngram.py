@@ -40,7 +40,7 @@ def test_trigram_probabilities_sum_to_one_for_seen_and_unseen_contexts(train_ids
     assert (p > 0).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 5), min_size=3, max_size=40), st.integers(0, 6), st.integers(0, 6))
 def test_trigram_probabilities_sum_to_one_on_any_short_text(ids: list[int], u: int, v: int) -> None:
     p = TrigramModel(np.array(ids), 7).probabilities(u, v)
