@@ -38,15 +38,23 @@ class LossModule(nn.Module):
         sampled: the loss of training, if not the model's own.
         compiled: compile what takes the time, once for all layers (`model.compiled`).
         dynamic: compile it for segments of any length.
+        graphed: run what is compiled of the layers as CUDA graphs.
     """
 
     def __init__(
-        self, model: TransformerXL, sampled: SampledSoftmax | None = None, *, compiled: bool = False, dynamic: bool = False
+        self,
+        model: TransformerXL,
+        sampled: SampledSoftmax | None = None,
+        *,
+        compiled: bool = False,
+        dynamic: bool = False,
+        graphed: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.sampled = sampled
-        self._compiled = [compiled_twin(model, dynamic=dynamic)] if compiled else []  # in a list, as its modules are those of the model
+        twin = [compiled_twin(model, dynamic=dynamic, graphed=graphed)] if compiled else []
+        self._compiled = twin  # in a list, as its modules are those of the model
 
     def forward(
         self, input_ids_PQ: Tensor, target_ids_PT: Tensor, counted_PT: Tensor, rows: list[Tensor], memory: Memory
@@ -122,7 +130,9 @@ class Engine:
                 parameter.requires_grad_(False)
         self._cluster_ends = model.head.cluster_ends
         models = [model, *(copy.deepcopy(model).to(device) for device in self.devices[1:])]
-        self._copies = [LossModule(each, sampled, compiled=train.compile, dynamic=train.varlen) for each in models]
+        # among several GPUs, the exchange of gradients would have to be captured too
+        graphed = world.size == 1 and len(self.devices) == 1 and self.devices[0].type == "cuda" and not train.varlen
+        self._copies = [LossModule(each, sampled, compiled=train.compile, dynamic=train.varlen, graphed=graphed) for each in models]
         first = self._copies[0]
         self._exchange: DistributedDataParallel | None = None
         if world.size > 1:

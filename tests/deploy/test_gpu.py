@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,17 @@ from torch.utils._triton import has_triton
 
 from tests.deploy.conftest import TGT_LEN, Exports
 from tests.support import build_model, random_ids, small_config
+from tests.train.test_trainer import make_trainer, weights_of
 from txl_deploy.parity.rollout import compare, random_segments
 from txl_deploy.runtimes.eager import EagerRuntime
 from txl_deploy.runtimes.registry import eager_from_checkpoint, open_artifact
+from txl_train.checkpoint import load_checkpoint, save_checkpoint
 from txl_train.config import HeadKind, ModelConfig
 from txl_train.model.adaptive import cluster_rows
+from txl_train.model.graphed import GraphedDecoder
 from txl_train.optim.lamb import Lamb
 from txl_train.parallel import LossModule
+from txl_train.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -135,3 +140,62 @@ def test_compiled_training_on_the_gpu_has_the_gradients_of_plain_training() -> N
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_training_in_half_precision_is_as_near_to_fp32_as_plain_training_however_large_the_scores_are() -> None:
+    # PyTorch 2.11 took the softmax of rounded scores with the total of others: see `attention.for_exact_sums`
+    config = small_config(vocab_size=300, cutoffs=(50, 100), n_head=2, d_head=32, d_model=64, d_inner=128, mem_len=192, dropout=0.0)
+    model = build_model(config).cuda().train()
+    with torch.no_grad():
+        for layer in model.decoder_layers():
+            layer.attention.qkv.weight.mul_(4 / float(layer.attention.qkv.weight.std() * config.d_model**0.5))
+    inputs, targets = (torch.from_numpy(random_ids(config, 4, 192, seed=seed)).cuda() for seed in (1, 2))
+    rows = cluster_rows(targets.reshape(-1), model.head.cluster_ends)
+    gradients = []
+    for compiled, enabled in ((False, False), (False, True), (True, True)):
+        module, memory = LossModule(model, compiled=compiled), model.initial_memory(4)
+        for _ in range(2):  # the second with a full memory
+            model.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=enabled):
+                loss, memory = module(inputs, targets, torch.ones_like(targets, dtype=torch.bool), rows, memory)
+            loss.backward()
+        gradients.append(torch.cat([weight.grad.reshape(-1) for weight in model.parameters() if weight.grad is not None]))
+    errors = [float((half - gradients[0]).norm() / gradients[0].norm()) for half in gradients[1:]]
+    assert errors[0] < 0.5  # the scores are not so large that half precision means nothing
+    assert errors[1] <= 1.25 * errors[0]
+
+
+def graphed(trainer: Trainer) -> GraphedDecoder:
+    (twin,) = trainer.engine._copies[0]._compiled
+    assert isinstance(twin.decoder, GraphedDecoder)
+    return twin.decoder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_run_replays_its_layers_and_moves_the_weights_as_a_plain_one() -> None:
+    model = {"dropout": 0.0, "dropatt": 0.0}
+    compiled, plain = (make_trainer(model=model, device="cuda", compile=compile_it, max_step=8) for compile_it in (True, False))
+    for trainer in (compiled, plain):
+        trainer.run()
+    assert graphed(compiled).replays >= 6  # all but segments of another length
+    for name, weight in weights_of(plain).items():
+        torch.testing.assert_close(weights_of(compiled)[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_run_that_is_continued_drops_what_it_would_have_dropped(tmp_path: Path) -> None:
+    whole = make_trainer(device="cuda", compile=True, max_step=6)
+    while whole.progress.step < 3:
+        whole.step()
+    save_checkpoint(whole.checkpoint(training=True), tmp_path / "half.pt")
+    continued = make_trainer(device="cuda", compile=True, max_step=6)
+    continued.restore(load_checkpoint(tmp_path / "half.pt"))
+    random_numbers = torch.cuda.get_rng_state()
+    for trainer in (continued, whole):
+        torch.cuda.set_rng_state(random_numbers)  # both trainers are in one process
+        while trainer.progress.step < 6:
+            trainer.step()
+        assert graphed(trainer).replays >= 2
+    for name, weight in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(continued)[name], weight, rtol=1e-4, atol=1e-6)

@@ -56,6 +56,16 @@ def append(memory_BHME: Tensor, new_BHQE: Tensor, key_len: int) -> Tensor:
     return torch.cat([memory_BHME.to(new_BHQE.dtype), new_BHQE], dim=2)
 
 
+def for_exact_sums(scores_BHQK: Tensor) -> Tensor:
+    """Return the scores in float32, for training to add to.
+
+    A compiler may keep a sum of half precision as it is in one place and rounded in another. Then a softmax is taken from other scores
+    than its largest and its total are, its weights do not add up to 1, and the gradients are wrong by more the larger the scores are:
+    PyTorch 2.11 does so (2.13 does not), and base models came to nothing after a hundred steps. A sum in float32 is the same everywhere.
+    """
+    return scores_BHQK.float()
+
+
 class Attention(nn.Module):
     """Multi-head attention, projections without bias. A subclass says how positions enter.
 

@@ -15,22 +15,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from txl_train.model.adaptive import AdaptiveLogSoftmax
 from txl_train.model.attention import mask_scores
+from txl_train.model.graphed import GraphedDecoder
 from txl_train.model.transformer_xl import Decoder, DecoderLayer, TransformerXL
 
 
-def compiled_twin(model: TransformerXL, *, dynamic: bool) -> TransformerXL:
+def compiled_twin(model: TransformerXL, *, dynamic: bool, graphed: bool = False) -> TransformerXL:
     """Return a model with the same layers and weights, and its mode of each, that compiles its layers when it is first called.
 
     Args:
         dynamic: for segments of any length at once, rather than for each length that comes.
+        graphed: run the layers as CUDA graphs (`graphed`), on a GPU.
     """
     twin = copy.copy(model)
     twin._modules = dict(model._modules)  # of its own, so that what is replaced stays in the model
-    twin.decoder = CompiledDecoder(model.layers, dynamic=dynamic)
+    decoder = CompiledDecoder(model.layers, dynamic=dynamic)
+    twin.decoder = GraphedDecoder(decoder) if graphed else decoder
     twin.head = CompiledLogSoftmax(model.head, dynamic=dynamic)
     return twin
 
@@ -76,6 +80,14 @@ class CompiledLogSoftmax(AdaptiveLogSoftmax):
         self.__dict__.update({name: copy.copy(value) for name, value in plain.__dict__.items()})
         self._head: Callable[..., Tensor] = torch.compile(_own(AdaptiveLogSoftmax.head_nll), dynamic=dynamic)
         self._tail: Callable[..., Tensor] = torch.compile(_own(AdaptiveLogSoftmax.tail_nll), dynamic=True)
+
+    def scores(self, hidden_ND: Tensor, cluster: int, weight_VW: Tensor, bias_V: Tensor) -> Tensor:
+        """As `AdaptiveLogSoftmax.scores`, with the bias added in float32: see `attention.for_exact_sums`."""
+        return F.linear(self.project(hidden_ND, cluster), weight_VW).float() + bias_V
+
+    def cluster_logits(self, hidden_ND: Tensor) -> Tensor:
+        """As `AdaptiveLogSoftmax.cluster_logits`, in the same way."""
+        return F.linear(self.project(hidden_ND, 0), self.cluster_weight).float() + self.cluster_bias
 
     def head_nll(self, hidden_ND: Tensor, target_ids_N: Tensor, weight_VW: Tensor, bias_V: Tensor) -> Tensor:
         """As `AdaptiveLogSoftmax.head_nll`."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from txl_train.config import ModelConfig
-from txl_train.model.attention import Attention
+from txl_train.model.attention import Attention, for_exact_sums
 from txl_train.model.relative import rel_shift
 
 
@@ -41,6 +41,9 @@ class ShawAttention(Attention):
         B, Q, C = query_BQW.shape[0], query_BQW.shape[1], position_term.shape[2]
         query_NHE = query_BQW.reshape(B * Q, self.n_head, self.d_head) * self.scale
         keys_HEC, bias_H1C = position_term[:, : self.d_head], position_term[:, self.d_head :]
-        by_distance_HNC = torch.matmul(query_NHE.transpose(0, 1), keys_HEC) + bias_H1C
+        by_distance_HNC = torch.matmul(query_NHE.transpose(0, 1), keys_HEC)
+        if self.training:
+            content_scores_BHQK, by_distance_HNC = for_exact_sums(content_scores_BHQK), for_exact_sums(by_distance_HNC)
+        by_distance_HNC = by_distance_HNC + bias_H1C
         position_scores_BHQK = rel_shift(by_distance_HNC.view(self.n_head, B, Q, C)).transpose(0, 1)
         return content_scores_BHQK + position_scores_BHQK

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support import small_config
+from tests.support import build_model, random_ids, small_config
+from txl_train.config import AttentionKind
 from txl_train.model.attention import visible_keys
 from txl_train.model.positional import encode_distances, shared_positions
 from txl_train.model.relative import rel_shift
@@ -22,6 +23,36 @@ def test_rel_shift_gives_each_key_the_score_of_its_distance(tgt_len: int, mem_le
             distance = t + mem_len - k
             if distance >= 0:
                 assert torch.equal(shifted[:, :, t, k], by_distance[:, :, t, key_len - 1 - distance])
+
+
+@pytest.mark.parametrize("attn_type", ["relative", "shaw"])
+@pytest.mark.parametrize("tgt_len", [4, 11])  # 66 and 73 distances, whose lines are filled up to 72 and 80
+def test_training_has_the_hidden_states_of_evaluation_whatever_lines_are_filled_up_to(attn_type: AttentionKind, tgt_len: int) -> None:
+    config = small_config(attn_type=attn_type, position_rows=80, dropout=0.0, mem_len=61)
+    model = build_model(config)
+    memory = model.initial_memory(2)
+    for number in range(-(-61 // tgt_len) + 1):
+        ids = torch.from_numpy(random_ids(config, 2, tgt_len, seed=number))
+        training, evaluation = model.train()(ids, memory)[0], model.eval()(ids, memory)[0]
+        torch.testing.assert_close(training, evaluation, rtol=1e-5, atol=1e-5)
+        memory = model(ids, memory)[1]
+
+
+@pytest.mark.parametrize("attn_type", ["relative", "shaw"])
+def test_scores_of_training_in_half_precision_are_summed_in_float32_and_nowhere_rounded(attn_type: AttentionKind) -> None:
+    config = small_config(attn_type=attn_type, position_rows=20, dropout=0.0)
+    attention = build_model(config).layers[0].attention.train()
+    generator = torch.Generator().manual_seed(0)
+    Q, K, W = 4, 10, config.n_head * config.d_head
+    query = 30 * torch.randn(2, Q, W, generator=generator)
+    key = torch.randn(2, config.n_head, K, config.d_head, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        term = attention.position_term(shared_positions(config, K))
+        both = attention.scores(query, key, term)
+        content, position = attention.scores(query, key, 0 * term), attention.scores(query, 0 * key, term)
+    assert both.dtype == torch.float32
+    seen = (torch.arange(Q)[:, None] + K - Q - torch.arange(K)[None, :]) >= 0
+    assert torch.equal((content + position)[:, :, seen], both[:, :, seen])
 
 
 @pytest.mark.parametrize("ext_len", [0, 2, 5])

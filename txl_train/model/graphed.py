@@ -1,0 +1,185 @@
+"""The layers of training on a GPU as two CUDA graphs, one for the forward and one for the backward pass.
+
+A training step of the base model at 32 streams launches 2,500 kernels, and on an H200 that takes more than twice as long as they run. The
+layers are most of them; in graphs, they are launched at once. What has a size that depends on data, the tail clusters, stays outside.
+"""
+
+# Shape suffixes: B batch, Q inputs (ext_len + tgt_len), K keys, D d_model
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from txl_train.model.transformer_xl import Decoder
+
+log = logging.getLogger(__name__)
+
+_WARM_UP = 3
+"""Passes before the graphs are made: the first ones compile kernels, and choose among them, which no graph can hold."""
+
+
+class GraphedDecoder(Decoder):
+    """A decoder for training, captured with the first segment and replayed for all of the same shape; others run as they are.
+
+    The gradients are those of the decoder itself. The weights are read where they are, so an optimizer that moves them in place is seen.
+
+    Args:
+        plain: what is captured, with a memory of hidden states. Nothing in it may wait for the GPU.
+    """
+
+    def __init__(self, plain: Decoder) -> None:
+        super().__init__(plain.layers)
+        self._plain: list[Callable[..., tuple[Tensor, list[Tensor]]]] = [plain]  # in a list, as its modules are these
+        self._captured: CapturedPasses | None = None
+        self._refused = False
+
+    @property
+    def replays(self) -> int:
+        """Forward passes that were replayed."""
+        return 0 if self._captured is None else self._captured.number
+
+    def forward(
+        self, x_BQD: Tensor, states: list[Tensor], position_terms: list[Tensor], visible_B1QK: Tensor, kv_memory: bool, ext_len: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the last layer's output for the segment, [B, T, D], and the new states; see `Decoder.forward`."""
+        plain = self._plain[0]
+        trains = torch.is_grad_enabled() and x_BQD.requires_grad and all(layer.training for layer in self.layers)
+        if not trains or kv_memory or self._refused:
+            return plain(x_BQD, states, position_terms, visible_B1QK, kv_memory, ext_len)
+        n, inputs = len(states), [x_BQD, *position_terms, visible_B1QK, *states]
+
+        def run(tensors: list[Tensor]) -> list[Tensor]:
+            x, *rest = tensors
+            hidden_BTD, new_states = plain(x, rest[n + 1 :], rest[:n], rest[n], kv_memory, ext_len)
+            return [hidden_BTD, *new_states]
+
+        if self._captured is None:
+            self._capture(run, inputs, [weight for weight in self.parameters() if weight.requires_grad])
+        if self._captured is None or not self._captured.fits(inputs):
+            return plain(x_BQD, states, position_terms, visible_B1QK, kv_memory, ext_len)
+        replay: Callable[..., tuple[Tensor, ...]] = _Replay.apply
+        hidden_BTD, *new_states = replay(self._captured, len(inputs), *inputs, *self._captured.weights)
+        return hidden_BTD, new_states
+
+    def _capture(self, *what: Any) -> None:
+        try:
+            self._captured = CapturedPasses(*what)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("The layers cannot be replayed as CUDA graphs, so training is slower: %s", str(error).splitlines()[0])
+            self._refused = True
+
+
+class CapturedPasses:
+    """The forward and backward pass of a function of tensors, captured, and the tensors that they read and write.
+
+    Args:
+        run: returns a tensor that is differentiated, and others that are not.
+        inputs: what it is captured with; those that require a gradient get one.
+        weights: that it reads besides, and that get gradients too.
+    """
+
+    def __init__(self, run: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor], weights: list[nn.Parameter]) -> None:
+        self.weights = weights
+        self._kind = _kind_of(inputs)
+        self.inputs = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
+        self.number = 0
+        """Forward passes so far."""
+        differentiated = [tensor for tensor in self.inputs if tensor.requires_grad] + weights
+        device = inputs[0].device
+
+        def backward(output: Tensor, gradient: Tensor) -> list[Tensor | None]:
+            return list(torch.autograd.grad(output, differentiated, gradient, allow_unused=True))
+
+        with _alone_on(device) as capture, _same_autocast(device):
+            for _ in range(_WARM_UP):
+                output = run(self.inputs)[0]
+                backward(output, torch.zeros_like(output))
+            del output
+            self.forward, outputs = capture(lambda: run(self.inputs))
+            self.gradient = torch.zeros_like(outputs[0])
+            self.backward, gradients = capture(lambda: backward(outputs[0], self.gradient))
+        self.outputs = [tensor.detach() for tensor in outputs]
+        found = iter(gradients)
+        self.gradients = [next(found) if tensor.requires_grad else None for tensor in [*self.inputs, *weights]]
+
+    def fits(self, inputs: list[Tensor]) -> bool:
+        """Return whether these inputs have the shapes, types and places of those of the capture, and are computed in the same precision."""
+        return _kind_of(inputs) == self._kind
+
+
+class _Replay(torch.autograd.Function):
+    """Runs captured passes on new inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, captured: CapturedPasses, n_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return copies of the outputs: the next pass writes there again."""
+        torch._foreach_copy_(captured.inputs, list(tensors[:n_inputs]))
+        captured.forward()
+        captured.number += 1
+        ctx.captured, ctx.number = captured, captured.number
+        outputs = [tensor.clone() for tensor in captured.outputs]
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Return copies of the gradients."""
+        captured = ctx.captured
+        if ctx.number != captured.number:
+            raise RuntimeError("Another forward pass has overwritten what this backward pass needs: take it before the next one.")
+        captured.gradient.copy_(gradient)
+        captured.backward()
+        found = iter(torch._foreach_mul([tensor for tensor in captured.gradients if tensor is not None], 1.0))
+        return (None, None, *(None if tensor is None else next(found) for tensor in captured.gradients))
+
+
+def _kind_of(inputs: list[Tensor]) -> tuple[Any, ...]:
+    device_type = inputs[0].device.type
+    precision = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    return precision, [(tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad) for tensor in inputs]
+
+
+def _same_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Go on in the same precision, without keeping what was cast: a graph must cast weights anew each time."""
+    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    return torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+@contextlib.contextmanager
+def _alone_on(device: torch.device) -> Iterator[Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]]:
+    """Yield a function that captures another and returns what replays it, and its result.
+
+    On a stream of its own, which cuBLAS works on apart from others; without garbage collection, which may free what must not be freed
+    within a capture; and leaving the random numbers as they are for who comes after.
+    """
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            result = function()
+        return graph.replay, result
+
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.device(device), torch.random.fork_rng([device]):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                yield capture
+            torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.empty_cache()  # what the passes before the graphs took
+    finally:
+        if collects:
+            gc.enable()
