@@ -84,6 +84,16 @@ class Plan:
     """The goals are set for what this plan measures."""
 
 
+def _pair(dtype: str, batch_size: int, steps: int, follows: str | None = None) -> tuple[Training, Training]:
+    """Return a compiled training of the base model and its opponent."""
+    size = "" if batch_size == 32 else f", batch {batch_size}"
+    own = f"{dtype}, compiled{size}"
+    return (
+        Training(own, ("--dtype", dtype, "--compile"), batch_size, steps, follows=follows),
+        Training(f"reference in {dtype}{size}", ("--dtype", dtype), batch_size, steps, follows=follows and own, opponent=own),
+    )
+
+
 BASE = Plan(
     device="cuda",
     preset=["--config", "wt103-base"],
@@ -91,28 +101,16 @@ BASE = Plan(
     n_tokens=3_000_000,
     trainings=(
         Training("fp32", ("--dtype", "fp32"), 32, 300),
-        *(
-            training
-            for dtype in ("bf16", "fp16")
-            for own in [f"{dtype}, compiled"]
-            for training in (
-                Training(own, ("--dtype", dtype, "--compile"), 32, 300, follows="fp32"),
-                Training(f"reference in {dtype}", ("--dtype", dtype), 32, 300, follows=own, opponent=own),
-                # these tell a fault of the compiled step from a run that is unstable in this precision
-                Training(dtype, ("--dtype", dtype), 32, 300, follows="fp32"),
-                Training(f"{own}, seed 2", ("--dtype", dtype, "--compile", "--seed", "2"), 32, 300, follows="fp32"),
-            )
-        ),
-        *(
-            training
-            for size in (128, 256)
-            for dtype in ("bf16", "fp16")
-            for own in [f"{dtype}, compiled, batch {size}"]
-            for training in (
-                Training(own, ("--dtype", dtype, "--compile"), size, 60),
-                Training(f"reference in {dtype}, batch {size}", ("--dtype", dtype), size, 60, opponent=own),
-            )
-        ),
+        *_pair("bf16", 32, 300, follows="fp32"),
+        *_pair("bf16", 128, 60),
+        *_pair("fp16", 32, 300, follows="fp32"),
+        # these tell a fault of the compiled step from a run that is unstable in this precision
+        Training("bf16, compiled, seed 2", ("--dtype", "bf16", "--compile", "--seed", "2"), 32, 300, follows="fp32"),
+        Training("bf16", ("--dtype", "bf16"), 32, 300, follows="fp32"),
+        *_pair("fp16", 128, 60),
+        *_pair("bf16", 256, 60),
+        *_pair("fp16", 256, 60),
+        Training("fp16", ("--dtype", "fp16"), 32, 300, follows="fp32"),
         Training("fp32 with TF32", ("--dtype", "fp32", "--tf32"), 32, 300, follows="fp32"),
         Training("fp16, two devices", ("--dtype", "fp16"), 32, 300, processes=2, follows="fp32"),
         Training("fp32, larger batch", ("--dtype", "fp32"), 64, 60),

@@ -274,7 +274,7 @@ def blocks(gpu: Gpu, sizes: Sizes) -> Iterator[dict[str, Any]]:
     if gpu.is_gpu:
         for batch_size in sizes.batch_sizes:
             for name, of_kernel, choices in (
-                ("attend", attend_with, itertools.product((16, 32, 64), (32, 64, 128), (2, 4, 8), (2, 3, 4))),
+                ("attend", attend_with, itertools.product((16, 32, 64), (32, 64, 128), (2, 4, 8), (2, 3, 4), (1, 2, 3, 4, 6))),
                 ("score_and_keep", score_with, itertools.product((16, 32, 64, 128), (32, 64, 128))),
                 ("add_tail_nll", tail_with, itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4))),
             ):

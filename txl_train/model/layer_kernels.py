@@ -202,6 +202,8 @@ def _attend(  # type: ignore[no-untyped-def]
     length,
     start,
     out,
+    largests,
+    totals,
     stride_b,
     stride_h,
     scale,
@@ -218,6 +220,7 @@ def _attend(  # type: ignore[no-untyped-def]
     BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    N_PART: tl.constexpr,
     ALL_KEYS: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -238,10 +241,14 @@ def _attend(  # type: ignore[no-untyped-def]
     n_empty = tl.maximum(M + EXT - tl.load(length + b).to(tl.int32), 0)
     begin = tl.maximum(tl.maximum(n_empty, first + M - max_distance), 0) // BLOCK_K * BLOCK_K
     end = (tl.minimum(K, M + first + BLOCK_Q) + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+    if N_PART > 1:  # the keys of a query are those of several programs
+        each = ((end - begin) // BLOCK_K + N_PART - 1) // N_PART * BLOCK_K
+        begin = tl.minimum(begin + tl.program_id(2) * each, end)
+        end = tl.minimum(begin + each, end)
     # blocks between these have only keys that all queries see; of them, those between the other two have keys with and without a column
     whole_from = tl.maximum(n_empty, first + BLOCK_Q - 1 + M - max_distance)
     whole_from = tl.minimum(tl.maximum((whole_from + BLOCK_K - 1) // BLOCK_K * BLOCK_K, begin), end)
-    whole_to = tl.maximum((M + first + 1) // BLOCK_K * BLOCK_K, whole_from)
+    whole_to = tl.maximum(tl.minimum((M + first + 1) // BLOCK_K * BLOCK_K, end), whole_from)
     far_to = tl.minimum(tl.maximum(n_alike // BLOCK_K * BLOCK_K, whole_from), whole_to)
     near_from = tl.minimum(tl.maximum((n_alike + BLOCK_K - 1) // BLOCK_K * BLOCK_K, whole_from), whole_to)
     n_first, n_between = (whole_from - begin) // BLOCK_K, (near_from - far_to) // BLOCK_K
@@ -290,17 +297,40 @@ def _attend(  # type: ignore[no-untyped-def]
                 values = tl.load(value + place + j[:, None] * E + e[None, :], mask=there, other=0.0).to(query.dtype)
             mixed = tl.dot(weights.to(query.dtype), values, mixed * shrink[:, None], input_precision=PRECISION)
             largest = larger
-    mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]  # an extension before the stream's beginning sees nothing
+    if N_PART > 1:
+        row += tl.program_id(2) * N
+        tl.store(largests + row * H + h, largest, mask=is_query)
+        tl.store(totals + row * H + h, total, mask=is_query)
+    else:
+        mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]  # an extension before the stream's beginning sees nothing
     tl.store(out + row[:, None] * W + h * E + e[None, :], mixed.to(out.dtype.element_ty), mask=is_query[:, None] & is_width[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _join(parts, largests, totals, out, N, W, H, E: tl.constexpr, N_PART: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, w = tl.program_id(0), tl.arange(0, BLOCK)
+    inside, h = w < W, w // E
+    largest = tl.full([BLOCK], LEAST, tl.float32)
+    total, mixed = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(N_PART):
+        line = part * N + row
+        other = tl.load(largests + line * H + h, mask=inside, other=LEAST)
+        larger = tl.maximum(largest, other)
+        shrink, weight = tl.exp2(largest - larger), tl.exp2(other - larger)
+        total = total * shrink + tl.load(totals + line * H + h, mask=inside, other=0.0) * weight
+        mixed = mixed * shrink + tl.load(parts + line * W + w, mask=inside, other=0.0) * weight
+        largest = larger
+    tl.store(out + row * W + w, (mixed / tl.where(total > 0, total, 1.0)).to(out.dtype.element_ty), mask=inside)
 
 
 def attend_blocks(dtype: torch.dtype, n_head: int, n_query: int, d_head: int) -> tuple[int, ...]:
     """Return what was fastest for the heads of all streams: float16 on an H200 (`benchmarks/gpu_profile.py`); float32 by its spills."""
+    # few streams: more and smaller programs, or most of the GPU would have nothing to do; so too, if need be, parts of the keys
+    n_part = max(1, min(3, 128 // (n_head * triton.cdiv(n_query, 16))))
     if dtype == torch.float32:
-        return (32, 32, 4, 3) if n_head * triton.cdiv(n_query, 32) >= 256 and d_head <= 64 else (16, 32, 4, 3)
-    # few streams: more and smaller programs, or most of the GPU would have nothing to do
+        return (32, 32, 4, 3, 1) if n_head * triton.cdiv(n_query, 32) >= 256 and d_head <= 64 else (16, 32, 4, 3, n_part)
     is_few = n_head * triton.cdiv(n_query, 64) < 96 or n_query <= 16
-    return (16, 128, 4, 3) if is_few and d_head <= 64 else (64, 64, 4, 3)
+    return (16, 128, 4, 3, n_part) if is_few and d_head <= 64 else (64, 64, 4, 3, 1)
 
 
 def attend(
@@ -329,29 +359,39 @@ def attend(
         length_B: int64, tokens of each stream before the segment.
         start: int64 [1], the slot in which the memory begins.
         n_distance: C, the distances of `by_distance_HNP` that mean something.
-        blocks: queries and keys of a program, its warps and stages; None means `attend_blocks`.
+        blocks: queries and keys of a program, its warps and stages, and into how many parts the keys of a query are cut; None means
+            `attend_blocks`.
     """
     _, B, H, _, E = ring_2BHSE.shape
     N, pitch = qkv_NW.shape[0], by_distance_HNP.shape[2]
     out_NW = torch.empty(N, H * E, dtype=qkv_NW.dtype, device=qkv_NW.device)
     key, value = ring_2BHSE[0], ring_2BHSE[1]
     furthest = mem_len + n_query if max_distance is None else max_distance
-    block_q, block_k, warps, stages = blocks or attend_blocks(qkv_NW.dtype, B * H, n_query, E)
+    block_q, block_k, warps, stages, n_part = blocks or attend_blocks(qkv_NW.dtype, B * H, n_query, E)
+    mixed = largests = totals = out_NW
+    if n_part > 1:
+        sizes = [n_part * N * H * size for size in (E, 1, 1)]
+        mixed, largests, totals = torch.split(torch.empty(sum(sizes), dtype=torch.float32, device=qkv_NW.device), sizes)
     block_e = max(16, triton.next_power_of_2(E))
     room = by_distance_HNP.as_strided((1,), (1,), 0)  # whose address is divisible by 16, as the kernel's view of it is not
-    _attend[(triton.cdiv(n_query, block_q), B * H)](
-        *(qkv_NW, content_bias_HE, key, value, room, length_B, start, out_NW, key.stride(0), key.stride(1), scale * LOG2_E.value, furthest),
+    _attend[(triton.cdiv(n_query, block_q), B * H, n_part)](
+        *(qkv_NW, content_bias_HE, key, value, room, length_B, start, mixed, largests, totals),
+        *(key.stride(0), key.stride(1), scale * LOG2_E.value, furthest),
         *(by_distance_HNP.storage_offset(), H, N, n_query, mem_len, ext_len, n_distance, pitch),
         E=E,
         BLOCK_E=block_e,
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
+        N_PART=n_part,
         ALL_KEYS=(mem_len + n_query) % block_k == 0,
         IS_ALIGNED=n_query % 8 == 0,
         PRECISION=precision_of(qkv_NW.dtype),
         num_warps=warps,
         num_stages=stages,
     )
+    if n_part > 1:
+        width = {"E": E, "N_PART": n_part, "BLOCK": triton.next_power_of_2(H * E)}
+        _join[(N,)](mixed, largests, totals, out_NW, N, H * E, H, **width)
     return out_NW
 
 

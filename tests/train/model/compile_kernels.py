@@ -37,12 +37,14 @@ def cases(operand: str) -> Iterator[Case]:
     precision = layer_kernels.precision_of(torch.float32 if exact else torch.float16)
     pointers = dict.fromkeys(("qkv", "content_bias", "key", "value", "by_distance", "out"), operand)
     numbers = dict.fromkeys(("stride_b", "stride_h", "max_distance", "shift", "H", "N", "Q", "M", "EXT", "C", "pitch"), "i32")
-    attend = {**pointers, "length": LONGS, "start": LONGS, "scale": "fp32", **numbers}
-    for block_q, block_k in ((16, 32), (32, 32)) if exact else ((16, 128), (64, 64)):
+    attend = {**pointers, "length": LONGS, "start": LONGS, "largests": FLOATS, "totals": FLOATS, "scale": "fp32", **numbers}
+    for block_q, block_k, n_part in ((16, 32, 3), (32, 32, 1)) if exact else ((16, 128, 3), (64, 64, 1)):
         for fits in (True, False):
-            sizes = {"E": 64, "BLOCK_E": 64, "BLOCK_Q": block_q, "BLOCK_K": block_k}
+            sizes = {"E": 64, "BLOCK_E": 64, "BLOCK_Q": block_q, "BLOCK_K": block_k, "N_PART": n_part}
             sizes |= {"ALL_KEYS": fits and block_k < 128, "IS_ALIGNED": fits, "PRECISION": precision}
             yield layer_kernels._attend, attend, sizes, {"num_warps": 4, "num_stages": 3}
+    joined = {**dict.fromkeys(("parts", "largests", "totals"), FLOATS), "out": operand, **dict.fromkeys(("N", "W", "H"), "i32")}
+    yield layer_kernels._join, joined, {"E": 64, "N_PART": 3, "BLOCK": 512}, {}
     embed = {"ids": LONGS, "table": operand, "scale": "fp32", "x": FLOATS, "half": operand, "V": "i32", "D": "i32"}
     yield layer_kernels._embed, embed, {"BLOCK": 512}, {}
     norm = {"x": FLOATS, "more": operand, "weight": FLOATS, "bias": FLOATS, "out": FLOATS, "half": operand, "D": "i32", "eps": "fp32"}

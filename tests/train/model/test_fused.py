@@ -102,11 +102,11 @@ def test_scores_of_eight_keys_lie_at_sixteen_bytes_for_every_query(mem_len: int,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("aligned", [True, False])
-def test_it_does_where_every_kernel_takes_several_blocks(aligned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("aligned", "n_part"), [(True, 1), (False, 1), (True, 3)])
+def test_it_does_where_every_kernel_takes_several_blocks(aligned: bool, n_part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from txl_train.model import layer_kernels, softmax_kernels
 
-    monkeypatch.setattr(layer_kernels, "attend_blocks", lambda *_: (16, 16, 4, 2))
+    monkeypatch.setattr(layer_kernels, "attend_blocks", lambda *_: (16, 16, 4, 2, n_part))
     monkeypatch.setattr(layer_kernels, "score_blocks", lambda *_: (16, 16))
     monkeypatch.setattr(softmax_kernels, "tail_blocks", lambda *_: (16, 16, 4, 2))
     for name, size in (("TILE", 16), ("SUMMED", 16), ("SCANNED", 16)):
