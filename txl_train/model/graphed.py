@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _WARM_UP = 3
 """Passes before the graphs are made: the first ones compile kernels, and choose among them, which no graph can hold."""
+_TOLERANCE = 0.05
+"""How far a tensor of the first replay may be from what it is without, as a share of its norm: some sums have no fixed order."""
 
 
 class GraphedDecoder(Decoder):
@@ -68,14 +71,22 @@ class GraphedDecoder(Decoder):
         hidden_BTD, *new_states = replay(self._captured, len(inputs), *inputs, *self._captured.weights)
         return hidden_BTD, new_states
 
-    def _capture(self, *what: Any) -> None:
+    def _capture(self, run: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor], weights: list[nn.Parameter]) -> None:
+        """Capture the passes, unless they cannot be, or do not yield in a replay what they yield as they are."""
         try:
-            self._captured = CapturedPasses(*what)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            log.warning("The layers cannot be replayed as CUDA graphs, so training is slower: %s", str(error).splitlines()[0])
-            self._refused = True
+            captured = CapturedPasses(run, inputs, weights)
+            errors = captured.errors(run)
+        except RuntimeError as error:  # memory that ran out, too: without graphs, there may be enough
+            self._refuse(str(error).splitlines()[0])
+            return
+        if max(errors) <= _TOLERANCE:
+            self._captured = captured
+        else:
+            self._refuse(f"the first replay is off by {errors[0]:.1%} of the hidden states and {errors[1]:.1%} of the gradients")
+
+    def _refuse(self, why: str) -> None:
+        log.warning("The layers cannot be replayed as CUDA graphs, so training is slower: %s", why)
+        self._refused = True
 
 
 class CapturedPasses:
@@ -90,26 +101,44 @@ class CapturedPasses:
     def __init__(self, run: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor], weights: list[nn.Parameter]) -> None:
         self.weights = weights
         self._kind = _kind_of(inputs)
+        self._device = inputs[0].device
         self.inputs = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
         self.number = 0
         """Forward passes so far."""
-        differentiated = [tensor for tensor in self.inputs if tensor.requires_grad] + weights
-        device = inputs[0].device
-
-        def backward(output: Tensor, gradient: Tensor) -> list[Tensor | None]:
-            return list(torch.autograd.grad(output, differentiated, gradient, allow_unused=True))
-
-        with _alone_on(device) as capture, _same_autocast(device):
+        with _alone_on(self._device) as capture, _same_autocast(self._device):
             for _ in range(_WARM_UP):
                 output = run(self.inputs)[0]
-                backward(output, torch.zeros_like(output))
+                self._differentiate(output, torch.zeros_like(output))
             del output
             self.forward, outputs = capture(lambda: run(self.inputs))
             self.gradient = torch.zeros_like(outputs[0])
-            self.backward, gradients = capture(lambda: backward(outputs[0], self.gradient))
+            self.backward, gradients = capture(lambda: self._differentiate(outputs[0], self.gradient))
         self.outputs = [tensor.detach() for tensor in outputs]
         found = iter(gradients)
         self.gradients = [next(found) if tensor.requires_grad else None for tensor in [*self.inputs, *weights]]
+
+    def _differentiate(self, output: Tensor, gradient: Tensor) -> list[Tensor | None]:
+        differentiated = [tensor for tensor in self.inputs if tensor.requires_grad] + self.weights
+        return list(torch.autograd.grad(output, differentiated, gradient, allow_unused=True))
+
+    def errors(self, run: Callable[[list[Tensor]], list[Tensor]]) -> tuple[float, float]:
+        """Return how far outputs and gradients of a replay are from those of `run`, with the same random numbers: see `_largest_error`.
+
+        Leaves the random numbers as they are.
+        """
+        random_numbers = _random_state(self._device)
+        with _same_autocast(self._device):
+            outputs = run(self.inputs)
+        n = self.gradient.numel()
+        self.gradient.copy_(torch.arange(n, device=self._device).sin().view_as(self.gradient))
+        gradients = self._differentiate(outputs[0], self.gradient)
+        _set_random_state(self._device, random_numbers)
+        self.forward()
+        self.backward()
+        _set_random_state(self._device, random_numbers)
+        replayed = [gradient for gradient in self.gradients if gradient is not None]
+        plain = [gradient for gradient in gradients if gradient is not None]
+        return _largest_error(self.outputs, outputs), _largest_error(replayed, plain)
 
     def fits(self, inputs: list[Tensor]) -> bool:
         """Return whether these inputs have the shapes, types and places of those of the capture, and are computed in the same precision."""
@@ -141,6 +170,28 @@ class _Replay(torch.autograd.Function):
         captured.backward()
         found = iter(torch._foreach_mul([tensor for tensor in captured.gradients if tensor is not None], 1.0))
         return (None, None, *(None if tensor is None else next(found) for tensor in captured.gradients))
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def _largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Return the largest norm of a tensor's difference as a share of its own norm, or of a thousandth of the norm of all.
+
+    Infinite if anything is not finite.
+    """
+    differences = torch.stack([(own.detach() - other.detach()).float().norm() for own, other in zip(found, expected, strict=True)])
+    norms = torch.stack([other.detach().float().norm() for other in expected])
+    share = float((differences / norms.clamp(min=1e-3 * float(norms.norm()))).max()) if bool(norms.any()) else float(differences.max())
+    return share if math.isfinite(share) else math.inf
 
 
 def _kind_of(inputs: list[Tensor]) -> tuple[Any, ...]:
