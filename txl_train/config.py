@@ -264,7 +264,7 @@ class TrainConfig:
     tf32: bool = False
     """Let GPUs since Ampere round the inputs of fp32 matrix products to TF32."""
     compile: bool = False
-    """Compile the model with torch.compile: a minute or more at the start, faster steps after."""
+    """Compile layers and softmax with torch.compile (on one GPU, as CUDA graphs): a minute or more at the start, faster steps after."""
     multi_gpu: Literal["ddp", "dp"] | None = None
     """Several GPUs: ddp is one process each, started by torchrun (which says it all); dp is one process for all of them."""
     gpu0_bsz: int | None = None

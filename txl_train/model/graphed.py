@@ -1,7 +1,9 @@
 """The layers of training on a GPU as two CUDA graphs, one for the forward and one for the backward pass.
 
-A training step of the base model at 32 streams launches 2,500 kernels, and on an H200 that takes more than twice as long as they run. The
+A compiled step of the base model at 32 streams launches 1,450 kernels, and on an H200 that took more than twice as long as they ran. The
 layers are most of them; in graphs, they are launched at once. What has a size that depends on data, the tail clusters, stays outside.
+
+A graph that is wrong would be wrong silently, so a capture is compared with the plain passes before it is used, and is not if it differs.
 """
 
 # Shape suffixes: B batch, Q inputs (ext_len + tgt_len), K keys, D d_model
