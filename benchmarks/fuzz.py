@@ -34,6 +34,8 @@ from typing import Any
 from running import ROOT, child_environment, device_slug, without_folders
 
 INSTRUMENTED = ["txl_train", "txl_deploy", "zipfile", "tarfile", "pickletools", "yaml"]
+TIDIED_EVERY = 500
+"""Inputs after which the files that reading has left are removed."""
 REPORTED = 30
 """Different faults of one reader that are told."""
 
@@ -58,6 +60,7 @@ def fuzz_one(name: str, n_inputs: int, seconds: float, corpus: Path, report: Pat
     folder = Path(work.name).resolve() / "input"
     os.environ["TXL_CACHE_DIR"] = str(folder / "cache")
     seeds = harness.fresh(target, folder)
+    prepared = set(folder.rglob("*"))
 
     def finish() -> None:
         document = {"inputs": sum(outcomes.values()), "seconds": time.monotonic() - begun, "outcomes": dict(outcomes), "faults": faults}
@@ -73,6 +76,8 @@ def fuzz_one(name: str, n_inputs: int, seconds: float, corpus: Path, report: Pat
             if kind not in faults and len(faults) < REPORTED:
                 faults[kind] = str(fault)
                 (corpus / f"fault-{len(faults)}").write_bytes(data)
+        if sum(outcomes.values()) % TIDIED_EVERY == 0:
+            harness.tidy(folder, {*prepared, folder / target.file})
         if sum(outcomes.values()) >= n_inputs or time.monotonic() - begun > seconds:
             finish()
             work.cleanup()

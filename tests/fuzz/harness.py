@@ -193,6 +193,13 @@ def fresh(target: Target, folder: Path) -> tuple[bytes, ...]:
     return ((folder / target.file).read_bytes(), *target.seeds)
 
 
+def tidy(folder: Path, kept: set[Path]) -> None:
+    """Remove the files that reading has left in a folder: some readers look through all of them."""
+    for path in [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]:
+        if path not in kept:
+            path.unlink()
+
+
 def inputs(target: Target, seeds: tuple[bytes, ...], count: int, seed: int) -> Iterator[bytes]:
     """Yield changed inputs, the same ones for the same `seed`."""
     from tests.fuzz.mutate import change

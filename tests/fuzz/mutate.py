@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import random
@@ -16,6 +17,8 @@ _VALUES: tuple[Any, ...] = (
     *(None, True, False, "", "x" * 70, "\ud800", "../../../x", "/etc/passwd", "nan", "C:\\x", "a\x00b", [], {}, [[]], [{}], {"": None}),
     *(0, 1, -1, 2**31, 2**63, 2**64, -(2**70), 10**400, 1.5, -0.0, 1e308, float("nan"), float("inf"), float("-inf")),
 )
+MOST_PLACES = 20_000
+"""Values of a document that one change may add: a hundred times a hundred times a part takes minutes to make."""
 
 
 def change(target: Target, data: bytes, seeds: tuple[bytes, ...], chance: random.Random) -> bytes:
@@ -71,20 +74,24 @@ def _json(data: bytes, chance: random.Random) -> bytes:
         if holder is None:
             return json.dumps(chance.choice(_VALUES)).encode("utf-8", "surrogatepass")
         kind = chance.randrange(6)
+        shown = sum(other is holder for other, _ in places) / len(holder)  # lists that were repeated are one list in many places
+        most = MOST_PLACES / shown
         if kind == 0:
             del holder[key]
         elif kind == 1 and isinstance(holder, dict):
             holder[chance.choice(("", "x", "__class__", f"{key}2", "\ud800"))] = holder[key]
         elif kind == 2:
-            holder[key] = [holder[key]] * chance.choice((0, 1, 3, 100))
+            times = chance.choice((0, 1, 3, 100))
+            holder[key] = [holder[key]] * (times if times * _size(holder[key]) <= most else 1)
         elif kind == 3:
-            for _ in range(chance.choice((1, 30, 300, 900, 2000))):
+            for _ in range(min(chance.choice((1, 30, 300, 900, 2000)), int(most))):
                 holder[key] = [holder[key]]
         elif kind == 4:
             other, name = chance.choice(places)
-            holder[key] = other[name] if other is not holder and not _contains(other[name], holder) else None
+            fits = other is not holder and not _contains(other[name], holder) and _size(other[name]) <= most
+            holder[key] = other[name] if fits else None
         else:
-            holder[key] = chance.choice(_VALUES)
+            holder[key] = copy.deepcopy(chance.choice(_VALUES))  # which later changes would change for all inputs to come
     return json.dumps(document, ensure_ascii=chance.random() < 0.8).encode("utf-8", "surrogatepass")
 
 
@@ -98,6 +105,10 @@ def _places(value: Any) -> Any:
             yield holder, key
             if isinstance(item, (dict, list)):
                 waiting.append(item)
+
+
+def _size(value: Any) -> int:
+    return 1 + sum(1 for _ in _places(value))
 
 
 def _contains(value: Any, holder: Any) -> bool:
