@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -31,7 +32,7 @@ def parse(text: str, path: Path, error: type[ArtifactError], remedy: str) -> dic
     Raises `error`, with `remedy`, if it is no JSON object, or a byte of its content was changed.
     """
     try:
-        document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=finite)
         _check_depth(document)
         _check_texts(document)
     except (ValueError, RecursionError) as cause:
@@ -84,6 +85,14 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(document) != len(pairs):
         raise ValueError("a key stands in it twice")
     return document
+
+
+def finite(number: str) -> float:
+    """Return a number of JSON. ValueError if it is too large for a float, which could not be written back."""
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number[:40]} is too large for a number")
+    return value
 
 
 def _no_constant(name: str) -> None:

@@ -164,6 +164,14 @@ def test_a_number_that_is_none_is_refused_though_the_checksum_fits(artifact: Pat
         read_manifest(artifact)
 
 
+def test_a_number_that_no_float_can_hold_is_refused_though_the_checksum_fits(artifact: Path) -> None:
+    edit(artifact, "model", value={"dropout": float("inf")})
+    path = artifact / FILE_NAME
+    path.write_text(path.read_text().replace("Infinity", "0.6e9144215530903"))
+    with pytest.raises(ManifestError, match=r"0\.6e9144215530903 is too large for a number"):
+        read_manifest(artifact)
+
+
 def test_bytes_that_are_not_utf8_are_refused(artifact: Path) -> None:
     (artifact / FILE_NAME).write_bytes(b"\xff\xfe{}")
     with pytest.raises(ManifestError, match="cannot be read"):

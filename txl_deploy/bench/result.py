@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from txl_deploy.bench.stats import PERCENTILE_RULE, LatencySummary
+from txl_deploy.documents import finite
 from txl_train.errors import ArtifactError
 from txl_train.files import whole_or_absent
 
@@ -310,7 +311,7 @@ class BenchResult:
         """Read a document back, checking every row against its samples. ArtifactError if anything is missing or does not add up."""
         remedy = "Measure again with `txl bench --out FILE`, or leave this file out."
         try:
-            document = json.loads(path.read_bytes())
+            document = json.loads(path.read_bytes(), parse_float=finite)
         except FileNotFoundError:
             raise ArtifactError(f"There is no result file {path}.", remedy="Make one with `txl bench --out FILE`.") from None
         except (OSError, ValueError, RecursionError) as error:

@@ -90,6 +90,13 @@ def test_a_document_that_does_not_add_up_is_refused(written, change, message):
     assert caught.value.remedy
 
 
+def test_a_number_that_no_float_can_hold_is_refused(written):
+    text = written.read_text()
+    written.write_text(text.replace('"schema_version"', '"environment_after": {"load": 1e999}, "schema_version"', 1))
+    with pytest.raises(ArtifactError, match="1e999 is too large for a number"):
+        BenchResult.read(written)
+
+
 @pytest.mark.parametrize("content", [b"", b"[1, 2]", b"{", b"\xff\xfe", b'{"schema": "txl.benchmark"'])
 def test_what_is_no_such_document_is_refused(tmp_path, content):
     path = tmp_path / "benchmark.json"

@@ -192,6 +192,7 @@ def test_a_row_that_does_not_follow_from_its_steps_is_refused(tmp_path: Path, ch
     [
         ("{", "not valid JSON"),
         ("[]", "no object"),
+        (json.dumps({"schema": SCHEMA})[:-1] + ', "rows": [{"mfu": 1e999}]}', "1e999 is too large for a number"),
         (json.dumps({"schema": "txl.benchmark"}), "no result of `txl bench train`"),
         (json.dumps({"schema": SCHEMA, "schema_version": 7}), "schema version 7"),
         (json.dumps({"schema": SCHEMA, "schema_version": 1}), "missing"),
