@@ -178,9 +178,22 @@ def test_a_compiled_run_replays_its_layers_and_moves_the_weights_as_a_plain_one(
     compiled, plain = (make_trainer(model=model, device="cuda", compile=compile_it, max_step=8) for compile_it in (True, False))
     for trainer in (compiled, plain):
         trainer.run()
-    assert graphed(compiled).replays >= 6  # all but segments of another length
+    assert graphed(compiled).replays == 8
     for name, weight in weights_of(plain).items():
         torch.testing.assert_close(weights_of(compiled)[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [{}, {"batch_chunk": 2}, {"dtype": "bf16"}, {"dtype": "fp16"}], ids=str)
+def test_graphs_drop_and_train_as_the_same_kernels_without_them(settings: dict[str, Any]) -> None:
+    with_graphs, without = (make_trainer(device="cuda", compile=True, max_step=8, **settings) for _ in range(2))
+    graphed(without)._refuse("this test wants none")
+    for trainer in (with_graphs, without):
+        torch.manual_seed(5)
+        trainer.run()
+    assert graphed(with_graphs).replays == 8 * settings.get("batch_chunk", 1)
+    for name, weight in weights_of(without).items():
+        torch.testing.assert_close(weights_of(with_graphs)[name], weight, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from txl_train.errors import EnvironmentUnfitError
 from txl_train.model.transformer_xl import Decoder
 
 log = logging.getLogger(__name__)
@@ -54,21 +55,20 @@ class GraphedDecoder(Decoder):
         self, x_BQD: Tensor, states: list[Tensor], position_terms: list[Tensor], visible_B1QK: Tensor, kv_memory: bool, ext_len: int
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the last layer's output for the segment, [B, T, D], and the new states; see `Decoder.forward`."""
-        plain = self._plain[0]
-        trains = torch.is_grad_enabled() and x_BQD.requires_grad and all(layer.training for layer in self.layers)
-        if not trains or kv_memory or self._refused:
-            return plain(x_BQD, states, position_terms, visible_B1QK, kv_memory, ext_len)
         n, inputs = len(states), [x_BQD, *position_terms, visible_B1QK, *states]
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             x, *rest = tensors
-            hidden_BTD, new_states = plain(x, rest[n + 1 :], rest[:n], rest[n], kv_memory, ext_len)
+            with _same_autocast(x.device):
+                hidden_BTD, new_states = self._plain[0](x, rest[n + 1 :], rest[:n], rest[n], kv_memory, ext_len)
             return [hidden_BTD, *new_states]
 
-        if self._captured is None:
+        trains = torch.is_grad_enabled() and x_BQD.requires_grad and not kv_memory and all(layer.training for layer in self.layers)
+        if trains and self._captured is None and not self._refused:
             self._capture(run, inputs, [weight for weight in self.parameters() if weight.requires_grad])
-        if self._captured is None or not self._captured.fits(inputs):
-            return plain(x_BQD, states, position_terms, visible_B1QK, kv_memory, ext_len)
+        if not trains or self._captured is None or not self._captured.fits(inputs):
+            hidden_BTD, *new_states = run(inputs)
+            return hidden_BTD, new_states
         replay: Callable[..., tuple[Tensor, ...]] = _Replay.apply
         hidden_BTD, *new_states = replay(self._captured, len(inputs), *inputs, *self._captured.weights)
         return hidden_BTD, new_states
@@ -77,9 +77,18 @@ class GraphedDecoder(Decoder):
         """Capture the passes, unless they cannot be, or do not yield in a replay what they yield as they are."""
         try:
             captured = CapturedPasses(run, inputs, weights)
-            errors = captured.errors(run)
-        except RuntimeError as error:  # memory that ran out, too: without graphs, there may be enough
+            errors = captured.errors()
+        except torch.OutOfMemoryError as error:  # without graphs, there may be enough
             self._refuse(str(error).splitlines()[0])
+            return
+        except RuntimeError as error:
+            told = str(error).splitlines()[0]
+            if not _outlives_a_failed_capture():
+                raise EnvironmentUnfitError(
+                    f"The compiled layers cannot be captured as CUDA graphs: {told}",
+                    remedy="Leave `--compile` out, or install PyTorch 2.13.",
+                ) from error
+            self._refuse(told)
             return
         if max(errors) <= _TOLERANCE:
             self._captured = captured
@@ -107,13 +116,16 @@ class CapturedPasses:
         self.inputs = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
         self.number = 0
         """Forward passes so far."""
-        with _alone_on(self._device) as capture, _same_autocast(self._device):
+        self._random_state = _random_state(self._device)
+        with _alone_on(self._device) as capture:
             for _ in range(_WARM_UP):
-                output = run(self.inputs)[0]
-                self._differentiate(output, torch.zeros_like(output))
-            del output
+                _set_random_state(self._device, self._random_state)
+                outputs = run(self.inputs)
+                self.gradient = torch.arange(outputs[0].numel(), device=self._device).sin().mul(0.01).to(outputs[0]).view_as(outputs[0])
+                gradients = self._differentiate(outputs[0], self.gradient)
+            self._expected = [tensor.detach() for tensor in outputs], gradients
+            del outputs, gradients  # of the activations, there is room for one set
             self.forward, outputs = capture(lambda: run(self.inputs))
-            self.gradient = torch.zeros_like(outputs[0])
             self.backward, gradients = capture(lambda: self._differentiate(outputs[0], self.gradient))
         self.outputs = [tensor.detach() for tensor in outputs]
         found = iter(gradients)
@@ -123,24 +135,23 @@ class CapturedPasses:
         differentiated = [tensor for tensor in self.inputs if tensor.requires_grad] + self.weights
         return list(torch.autograd.grad(output, differentiated, gradient, allow_unused=True))
 
-    def errors(self, run: Callable[[list[Tensor]], list[Tensor]]) -> tuple[float, float]:
-        """Return how far outputs and gradients of a replay are from those of `run`, with the same random numbers: see `_largest_error`.
+    def errors(self) -> tuple[float, float]:
+        """Return how far outputs and gradients of a replay are from those of the last pass before the capture: see `_largest_error`.
 
-        Leaves the random numbers as they are.
+        With the same random numbers, which stay as they are. To be called once, first of all.
         """
-        random_numbers = _random_state(self._device)
-        with _same_autocast(self._device):
-            outputs = run(self.inputs)
-        n = self.gradient.numel()
-        self.gradient.copy_(torch.arange(n, device=self._device).sin().mul(0.01).view_as(self.gradient))  # for float16
-        gradients = self._differentiate(outputs[0], self.gradient)
-        _set_random_state(self._device, random_numbers)
-        self.forward()
-        self.backward()
-        _set_random_state(self._device, random_numbers)
-        replayed = [gradient for gradient in self.gradients if gradient is not None]
-        plain = [gradient for gradient in gradients if gradient is not None]
-        return _largest_error(self.outputs, outputs), _largest_error(replayed, plain)
+        before = _random_state(self._device)
+        try:
+            _set_random_state(self._device, self._random_state)
+            self.forward()
+            self.backward()
+        finally:
+            _set_random_state(self._device, before)
+        outputs, gradients = self._expected
+        del self._expected
+        errors = _largest_error(self.outputs, outputs)
+        found = [gradient for gradient in self.gradients if gradient is not None]
+        return errors, _largest_error(found, [gradient for gradient in gradients if gradient is not None])
 
     def fits(self, inputs: list[Tensor]) -> bool:
         """Return whether these inputs have the shapes, types and places of those of the capture, and are computed in the same precision."""
@@ -159,6 +170,7 @@ class _Replay(torch.autograd.Function):
         ctx.captured, ctx.number = captured, captured.number
         outputs = [tensor.clone() for tensor in captured.outputs]
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
@@ -167,9 +179,10 @@ class _Replay(torch.autograd.Function):
         """Return copies of the gradients."""
         captured = ctx.captured
         if ctx.number != captured.number:
-            raise RuntimeError("Another forward pass has overwritten what this backward pass needs: take it before the next one.")
+            raise RuntimeError("What this backward pass needs is overwritten: take it once, and before the next forward pass.")
         captured.gradient.copy_(gradient)
         captured.backward()
+        ctx.number = -1
         found = iter(torch._foreach_mul([tensor for tensor in captured.gradients if tensor is not None], 1.0))
         return (None, None, *(None if tensor is None else next(found) for tensor in captured.gradients))
 
@@ -194,6 +207,11 @@ def _largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
     norms = torch.stack([other.detach().float().norm() for other in expected])
     share = float((differences / norms.clamp(min=1e-3 * float(norms.norm()))).max()) if bool(norms.any()) else float(differences.max())
     return share if math.isfinite(share) else math.inf
+
+
+def _outlives_a_failed_capture() -> bool:
+    """Return whether PyTorch's allocator and random numbers are in order after a capture that failed: before 2.13 they may not be."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 def _kind_of(inputs: list[Tensor]) -> tuple[Any, ...]:

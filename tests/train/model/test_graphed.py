@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.support import build_model, random_ids, small_config
+from txl_train.errors import EnvironmentUnfitError
 from txl_train.model import graphed
 from txl_train.model.graphed import GraphedDecoder
 from txl_train.model.transformer_xl import TransformerXL
@@ -131,8 +132,34 @@ def test_a_backward_pass_whose_forward_pass_was_overwritten_is_refused(model: Tr
     with_graphs(model)
     hidden, memory = model(ids(2, 4, 0), model.initial_memory(2))
     model(ids(2, 4, 1), memory)
-    with pytest.raises(RuntimeError, match="Another forward pass has overwritten"):
+    with pytest.raises(RuntimeError, match="What this backward pass needs is overwritten"):
         hidden.sum().backward()
+
+
+def test_a_second_backward_pass_over_one_forward_pass_is_refused(model: TransformerXL) -> None:
+    with_graphs(model)
+    hidden, _ = model(ids(2, 4, 0), model.initial_memory(2))
+    hidden.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="take it once"):
+        hidden.sum().backward()
+
+
+def test_another_precision_runs_as_it_is(model: TransformerXL) -> None:
+    decoder = with_graphs(model)
+    for autocast, replays in ((True, 1), (False, 1), (True, 2)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            model(ids(2, 4, 0), model.initial_memory(2))
+        assert decoder.replays == replays
+
+
+def test_nothing_that_was_cast_is_kept_as_a_graph_would_read_it_for_ever(model: TransformerXL) -> None:
+    with_graphs(model)
+    keeps: list[bool] = []
+    model.layers[0].register_forward_pre_hook(lambda *_: keeps.append(torch.is_autocast_cache_enabled()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids(2, 4, 0), model.initial_memory(2))
+    assert keeps
+    assert not any(keeps)
 
 
 def test_what_cannot_be_captured_is_told_once_and_runs_as_it_is(
@@ -142,6 +169,7 @@ def test_what_cannot_be_captured_is_told_once_and_runs_as_it_is(
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(graphed, "_alone_on", refused)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
     expected = trained_on(build_model(CONFIG).train(), [4, 4])
     with_graphs(model)
     with caplog.at_level(logging.WARNING):
@@ -190,6 +218,20 @@ def test_a_replay_that_yields_something_else_is_not_used(
     assert decoder.replays == 0
     (record,) = caplog.records
     assert "cannot be replayed as CUDA graphs, so training is slower: the first replay is off by" in record.getMessage()
+
+
+def test_a_pytorch_that_does_not_outlive_a_failed_capture_is_told_from_one_that_does(
+    model: TransformerXL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(device: torch.device) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphed, "_alone_on", refused)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    with_graphs(model)
+    with pytest.raises(EnvironmentUnfitError, match="cannot be captured as CUDA graphs: operation not permitted") as caught:
+        model(ids(2, 4, 0), model.initial_memory(2))
+    assert "`--compile`" in str(caught.value.remedy)
 
 
 def test_without_memory_for_graphs_training_goes_on(
