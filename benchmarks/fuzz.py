@@ -22,6 +22,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,7 @@ def fuzz_one(name: str, n_inputs: int, seconds: float, corpus: Path, report: Pat
                 (corpus / f"fault-{len(faults)}").write_bytes(data)
         if sum(outcomes.values()) % TIDIED_EVERY == 0:
             harness.tidy(folder, {*prepared, folder / target.file})
+            finish()  # what is counted so far stays if the next input ends this process
         if sum(outcomes.values()) >= n_inputs or time.monotonic() - begun > seconds:
             finish()
             work.cleanup()
@@ -111,7 +113,20 @@ def fuzz_one(name: str, n_inputs: int, seconds: float, corpus: Path, report: Pat
 
 
 def run_target(name: str, options: argparse.Namespace, guided: bool) -> dict[str, Any]:
-    """Run one reader in a process of its own, and return what it and libFuzzer tell."""
+    """Run one reader in a process of its own, and return what it and libFuzzer tell. After a crash another process goes on."""
+    begun = time.monotonic()
+    result = run_once(name, options, guided)
+    while "crash" in result["faults"] and (left := options.seconds - (time.monotonic() - begun)) > 0 and counted(result) < options.inputs:
+        crashes = sum(key.startswith("crash") for key in result["faults"])
+        changed = {"inputs": options.inputs - counted(result), "seconds": left, "seed": options.seed + 1000 * crashes}
+        result["faults"][f"crash {crashes}"] = result["faults"].pop("crash")
+        result = added(result, run_once(name, argparse.Namespace(**{**vars(options), **changed}), guided))
+    print(f"{name:22} {counted(result):>8} inputs  {result['outcomes']}  {'; '.join(result['faults'].values())[:300]}", flush=True)
+    return result
+
+
+def run_once(name: str, options: argparse.Namespace, guided: bool) -> dict[str, Any]:
+    """Run one process for a reader; if a crash ends it, what it had counted stays, and the input is kept."""
     corpus = options.corpus / name
     corpus.mkdir(parents=True, exist_ok=True)
     report = corpus / "report"
@@ -126,14 +141,18 @@ def run_target(name: str, options: argparse.Namespace, guided: bool) -> dict[str
             process.kill()
             status = "none: it hung"
     told = (corpus / "stderr").read_text(errors="replace")
-    if report.exists():
-        result: dict[str, Any] = json.loads(report.read_text())
-    else:
-        crash = (told.strip().splitlines() or ["no message"])[-1]
-        result = {"inputs": None, "seconds": None, "outcomes": {}, "faults": {"crash": f"exit status {status}: {crash}"}}
+    nothing: dict[str, Any] = {"inputs": None, "seconds": None, "outcomes": {}, "faults": {}}
+    result: dict[str, Any] = json.loads(report.read_text()) if report.exists() else nothing
+    if status != 0:
+        kept = corpus / f"crash-{options.seed}"
+        if (current := corpus / "current").exists():
+            shutil.copy(current, kept)
+        last = (told.strip().splitlines() or ["no message"])[-1]
+        result["faults"]["crash"] = f"exit status {status}, by the input that is kept as {kept.name}: {last[:120]}"
+        result["outcomes"]["fault"] = result["outcomes"].get("fault", 0) + 1
+        result["inputs"] = sum(result["outcomes"].values())
     covered = [int(text) for text in re.findall(r"cov: (\d+)", told)]
     result["coverage"] = [covered[0], covered[-1]] if covered else None
-    print(f"{name:22} {result['inputs'] or 0:>8} inputs  {result['outcomes']}  {'; '.join(result['faults'].values())[:300]}", flush=True)
     return result
 
 
@@ -231,7 +250,13 @@ def going_on(options: argparse.Namespace, earlier: dict[str, Any] | None) -> arg
 
 
 def together(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of several runs of one reader: what was counted is added up, and the first run's first coverage stays."""
+    """Return the row of several runs of one reader; `added` says how."""
+    guides = dict.fromkeys([*earlier["guide"].split(" and "), later["guide"]])
+    return {**added(earlier, later), "runs": earlier.get("runs", 1) + 1, "guide": " and ".join(guides)}
+
+
+def added(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Return what two processes for one reader tell together: what was counted is added up, and the first coverage stays."""
     outcomes = Counter(earlier["outcomes"]) + Counter(later["outcomes"])
     coverage = [(earlier["coverage"] or later["coverage"])[0], later["coverage"][-1]] if later["coverage"] else earlier["coverage"]
     return {
@@ -242,8 +267,6 @@ def together(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
         "outcomes": dict(outcomes),
         "faults": {**earlier["faults"], **later["faults"]},
         "coverage": coverage,
-        "runs": earlier.get("runs", 1) + 1,
-        "guide": " and ".join(dict.fromkeys([*earlier["guide"].split(" and "), later["guide"]])),
     }
 
 

@@ -50,3 +50,28 @@ def test_inputs_of_a_run_that_was_stopped_do_not_count(monkeypatch: pytest.Monke
     assert fuzz.counted(stopped) == 0
     both = fuzz.together(stopped, row(1, 2))
     assert (both["inputs"], both["seconds"], both["coverage"]) == (3, 10.0, [10, 20])
+
+
+def test_after_a_crash_another_process_goes_on_by_another_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import fuzz
+
+    crashed = {
+        "inputs": 501,
+        "seconds": 5.0,
+        "outcomes": {"read": 500, "fault": 1},
+        "faults": {"crash": "exit status -8"},
+        "coverage": None,
+    }
+    runs = [crashed, {**crashed, "outcomes": {"read": 99, "fault": 1}}, {**row(400, 0), "coverage": None}]
+    asked: list[tuple[int, int]] = []
+
+    def run_once(name: str, options: argparse.Namespace, guided: bool) -> dict[str, Any]:
+        asked.append((options.inputs, options.seed))
+        return {**runs[len(asked) - 1], "faults": dict(runs[len(asked) - 1]["faults"])}
+
+    monkeypatch.setattr(fuzz, "run_once", run_once)
+    found = fuzz.run_target("onnx", argparse.Namespace(inputs=1001, seconds=60, seed=3), False)
+    assert asked == [(1001, 3), (500, 1003), (400, 2003)]
+    assert found["outcomes"] == {"read": 999, "fault": 2}
+    assert list(found["faults"]) == ["crash 1", "crash 2"]
