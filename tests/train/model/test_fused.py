@@ -134,7 +134,7 @@ def test_ids_of_no_word_give_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("head", ["logits", "log_probs"])
 def test_it_scores_every_word_as_the_next_one_as_the_plain_one_does(head: HeadKind) -> None:
-    config = small_config(cutoffs=(5, 9))
+    config = small_config(cutoffs=(5, 9), mem_len=3)
     plain, fused = both(config, tgt_len=1, head=head)
     assert_alike(plain, fused, config, tgt_len=1, atol=2e-5)
 
