@@ -43,12 +43,12 @@ def nearer(term_HEC: Tensor, clamp_len: int | None, n_query: int) -> Tensor:
 
 
 def in_whole_lines(term_HEC: Tensor) -> Tensor:
-    """Return the encoded distances, and zeros after the last ones, so that a line of them is a multiple of 16 bytes in half precision.
+    """Return the encoded distances, on a GPU with zeros after the last ones, so that a line is a multiple of 16 bytes in half precision.
 
-    Without that, the three products of training that read or write such lines take up to five times as long on a GPU. Of short lines the
-    zeros would be more than a tenth, so these stay.
+    Without that, the three products of training that read or write such lines take up to five times as long there. On a CPU they gain
+    nothing, and of short lines the zeros would be more than a tenth.
     """
-    return F.pad(term_HEC, [0, -term_HEC.shape[2] % 8]) if term_HEC.shape[2] > 64 else term_HEC
+    return F.pad(term_HEC, [0, -term_HEC.shape[2] % 8]) if term_HEC.is_cuda and term_HEC.shape[2] > 64 else term_HEC
 
 
 class RelativeAttention(Attention):
