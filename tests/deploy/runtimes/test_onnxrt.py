@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -14,6 +18,7 @@ from tests.deploy.conftest import TGT_LEN, Exports
 from tests.support import small_config, write_checkpoint
 from txl_deploy import claims
 from txl_deploy.export.artifact import ExportRequest, export_artifact
+from txl_deploy.manifest import read_manifest, write_manifest
 from txl_deploy.parity.rollout import compare, random_segments
 from txl_deploy.runtimes import onnxrt
 from txl_deploy.runtimes.base import HeadError, RuntimeInfo, ShapeRangeError
@@ -97,6 +102,36 @@ def test_a_graph_that_says_of_itself_what_is_no_text_is_refused(exports: Exports
         OnnxRuntime(tmp_path / "model.onnx", open_artifact(exports.onnx).info)
 
 
+def test_a_graph_that_leaves_no_tokens_is_refused_and_does_not_end_the_process(exports: Exports, tmp_path: Path) -> None:
+    """A fused normalisation of ONNX Runtime 1.32 divides by the number of tokens (SIGFPE); found by fuzzing."""
+    import onnx
+    from onnx import numpy_helper
+
+    folder = Path(shutil.copytree(exports.onnx, tmp_path / "onnx"))
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    uses = {
+        name: {(node.op_type, k) for node in model.graph.node for k, own in enumerate(node.input) if own == name}
+        for name in (tensor.name for tensor in model.graph.initializer)
+    }
+    starts = [
+        tensor
+        for tensor in model.graph.initializer
+        if uses[tensor.name] == {("Slice", 1)} and numpy_helper.to_array(tensor).tolist() == [TGT_LEN - 1]
+    ]
+    assert starts  # of the shift by distances
+    for tensor in starts:
+        tensor.CopyFrom(numpy_helper.from_array(np.array([2**40]), tensor.name))
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    manifest = read_manifest(folder)
+    write_manifest(folder, manifest, list(manifest.files))
+    code = (
+        f"from txl_deploy.runtimes.registry import open_artifact; from pathlib import Path; open_artifact(Path({str(folder)!r}), threads=1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ArtifactError: ONNX Runtime cannot load" in done.stderr
+
+
 def test_profiling_ends_before_the_first_real_step_and_leaves_no_file(
     exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +158,7 @@ def test_a_session_that_falls_back_to_the_cpu_is_an_unfit_environment(exports: E
         """What onnxruntime-gpu does where CUDA's libraries are missing: it says nothing and takes the CPU."""
 
         def __init__(self, path: str, options: Any, providers: Any, **keywords: Any) -> None:
-            asked.append((providers, keywords))
+            asked.append((providers, keywords["enable_fallback"]))
             super().__init__(path, options, providers=["CPUExecutionProvider"])
 
     info = cuda_info(open_artifact(exports.onnx))
@@ -132,7 +167,7 @@ def test_a_session_that_falls_back_to_the_cpu_is_an_unfit_environment(exports: E
     with pytest.raises(EnvironmentUnfitError, match="fell back to CPUExecutionProvider instead of CUDAExecutionProvider") as caught:
         OnnxRuntime(exports.onnx / "model.onnx", info)
     assert caught.value.exit_code == 3
-    assert asked == [([("CUDAExecutionProvider", {"device_id": 0, "use_tf32": 0})], {"enable_fallback": 0})]
+    assert asked == [([("CUDAExecutionProvider", {"device_id": 0, "use_tf32": 0})], 0)]
 
 
 def test_a_package_without_the_provider_names_the_one_that_has_it(exports: Exports) -> None:
