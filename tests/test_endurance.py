@@ -56,10 +56,10 @@ def test_sums_are_compared_with_the_exact_ones(cases: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_a_text_is_prepared_trained_on_and_scored_in_bounded_memory(tmp_path: Path) -> None:
-    """100 MB of text; a process that held it as Python's words, or as a list of ids, would need several times the bound."""
+    """64 MB of text, 11 million words; a process that held them as Python's words, or as a list of ids, would need 600 MB and more."""
     code = (
         "import json, sys; from pathlib import Path; import dataclasses, endurance_cases as cases\n"
-        "sizes = dataclasses.replace(cases.QUICK, corpus_bytes=100 * 10**6)\n"
+        "sizes = dataclasses.replace(cases.QUICK, corpus_bytes=64 * 10**6)\n"
         "print(json.dumps(cases.corpus(Path(sys.argv[1]), sizes)))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS)}
@@ -67,4 +67,4 @@ def test_a_text_is_prepared_trained_on_and_scored_in_bounded_memory(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["met"], [call["errors"] for call in found["raw"]["calls"]]
-    assert all(0 < call["own_bytes"] < 2**30 for call in found["raw"]["calls"])
+    assert all(0 < call["own_bytes"] < 400 * 2**20 for call in found["raw"]["calls"])

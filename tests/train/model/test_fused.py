@@ -71,7 +71,10 @@ def assert_alike(plain: FixedStep, fused: Any, config: ModelConfig, *, tgt_len: 
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_the_fused_step_scores_as_the_plain_one(name: str) -> None:
+def test_the_fused_step_scores_as_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from txl_train.model import layer_kernels
+
+    monkeypatch.setattr(layer_kernels, "attend_blocks", lambda *_: (16, 32, 4, 3, 1))  # few programs to interpret
     config = small_config(**MODEL_CONFIGS[name])
     plain, fused = both(config, tgt_len=5)
     assert_alike(plain, fused, config, tgt_len=5, atol=2e-5)
