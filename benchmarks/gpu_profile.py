@@ -206,7 +206,7 @@ def training_steps(gpu: Gpu, sizes: Sizes, batch_size: int, dtype: str) -> Itera
     def own(*, compiled: bool) -> Callable[[], object]:
         model = fresh()
         weights, precision = [weight for weight in model.parameters() if weight.numel()], Precision(dtype, gpu.device)
-        module, optimizer = LossModule(model, compiled=compiled), Lamb(weights, lr=1e-3)
+        module, optimizer = LossModule(model, compiled=compiled, graphed=compiled), Lamb(weights, lr=1e-3)
         rows = [[row.to(gpu.device) for row in cluster_rows(targets.reshape(-1), model.head.cluster_ends)] for _, targets in batches]
         given = [(inputs.to(gpu.device), targets.to(gpu.device)) for inputs, targets in batches]
         counted = torch.ones(batch_size, sizes.train_len, dtype=torch.bool, device=gpu.device)
