@@ -97,7 +97,8 @@ LOWER = {
         "txl_train.unfinished",
         "txl_train.exhaustion",
     ),
-    "txl_train/model/": ("txl_train.model", "txl_train.errors", "txl_train.config", "txl_train.metrics"),
+    "txl_train/model/": ("txl_train.model", "txl_train.errors", "txl_train.config", "txl_train.metrics", "txl_train.cuda_graphs"),
+    "txl_train/cuda_graphs.py": (),
     "txl_train/optim/": ("txl_train.optim", "txl_train.errors", "txl_train.config", "txl_train.gpu_kernels"),
     "txl_train/gpu_kernels.py": ("txl_train.trial_kernel",),
     "txl_train/interop/": (

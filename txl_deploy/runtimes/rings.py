@@ -11,13 +11,13 @@ them, and a memory that was overwritten is refused (as a whole: slices of it are
 from __future__ import annotations
 
 import contextlib
-import gc
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from txl_deploy.runtimes.window import holders
+from txl_train.cuda_graphs import capture
 from txl_train.errors import UsageError
 from txl_train.model.fused import FusedStep, Ring
 from txl_train.model.inference import FixedStep
@@ -110,21 +110,10 @@ class Rings:
         return result.clone(), Memory(states, lane.ring.length_B.clone())  # the graph writes there again
 
     def _capture(self, lane: _Lane) -> None:
-        """Make the graph of a ring, without running it.
-
-        On a stream of our own: what cuBLAS works in belongs to a stream, and others would give it back. With no garbage collected
-        meanwhile, which may free what must not be freed within a capture.
-        """
-        graph = torch.cuda.CUDAGraph()
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                result = self._fused(lane.ids_BQ, lane.targets_BT, lane.ring)
-        finally:
-            if collects:
-                gc.enable()
-        lane.graph, lane.result = graph, result
+        """Make the graph of a ring, without running it."""
+        lane.graph, lane.result = capture(
+            lambda: self._fused(lane.ids_BQ, lane.targets_BT, lane.ring), pool=self._pool, stream=self._stream
+        )
 
     def _loaded(self, memory: Memory) -> _Lane:
         """Return a ring that a memory has been copied into."""

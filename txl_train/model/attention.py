@@ -57,7 +57,7 @@ def append(memory_BHME: Tensor, new_BHQE: Tensor, key_len: int) -> Tensor:
 
 
 def for_exact_sums(scores_BHQK: Tensor) -> Tensor:
-    """Return the scores in float32, for training to add to.
+    """Return the scores [B, H, Q, K] in float32, for training to add to.
 
     A compiler may keep a sum of half precision as it is in one place and rounded in another. Then a softmax is taken from other scores
     than its largest and its total are, its weights do not add up to 1, and the gradients are wrong by more the larger the scores are:

@@ -11,7 +11,6 @@ A graph that is wrong would be wrong silently, so a capture is compared with the
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from txl_train.cuda_graphs import capture
 from txl_train.errors import EnvironmentUnfitError
 from txl_train.model.transformer_xl import Decoder
 
@@ -117,7 +117,7 @@ class CapturedPasses:
         self.number = 0
         """Forward passes so far."""
         self._random_state = _random_state(self._device)
-        with _alone_on(self._device) as capture:
+        with _alone_on(self._device) as captured:
             for _ in range(_WARM_UP):
                 _set_random_state(self._device, self._random_state)
                 outputs = run(self.inputs)
@@ -125,8 +125,8 @@ class CapturedPasses:
                 gradients = self._differentiate(outputs[0], self.gradient)
             self._expected = [tensor.detach() for tensor in outputs], gradients
             del outputs, gradients  # of the activations, there is room for one set
-            self.forward, outputs = capture(lambda: run(self.inputs))
-            self.backward, gradients = capture(lambda: self._differentiate(outputs[0], self.gradient))
+            self.forward, outputs = captured(lambda: run(self.inputs))
+            self.backward, gradients = captured(lambda: self._differentiate(outputs[0], self.gradient))
         self.outputs = [tensor.detach() for tensor in outputs]
         found = iter(gradients)
         self.gradients = [next(found) if tensor.requires_grad else None for tensor in [*self.inputs, *weights]]
@@ -230,27 +230,18 @@ def _same_autocast(device: torch.device) -> contextlib.AbstractContextManager[An
 def _alone_on(device: torch.device) -> Iterator[Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]]:
     """Yield a function that captures another and returns what replays it, and its result.
 
-    On a stream of its own, which cuBLAS works on apart from others; without garbage collection, which may free what must not be freed
-    within a capture; and leaving the random numbers as they are for who comes after.
+    On a stream of its own, and leaving the random numbers as they are for who comes after.
     """
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     pool = torch.cuda.graph_pool_handle()
 
-    def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            result = function()
+    def captured(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        graph, result = capture(function, pool=pool, stream=stream)
         return graph.replay, result
 
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.cuda.device(device), torch.random.fork_rng([device]):
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                yield capture
-            torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.empty_cache()  # what the passes before the graphs took
-    finally:
-        if collects:
-            gc.enable()
+    with torch.cuda.device(device), torch.random.fork_rng([device]):
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            yield captured
+        torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.empty_cache()  # what the passes before the graphs took
