@@ -3,7 +3,8 @@ weights of `--checkpoint`.
 
     python benchmarks/reference_bench.py bench --checkpoint C.pt --dtype fp16 --runtimes compiled,reference --artifact DIR --device cuda
 
-They take turns with all others, in the type of `--dtype`; options, verdicts and files are those of `txl bench`.
+They take turns with all others, in the type of `--dtype`, or in fp32 beside int8, which NVIDIA's code does not have; options, verdicts
+and files are those of `txl bench`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def open_in(
         clamp_len=config.clamp_len,
         same_length=config.same_length,
         threads=threads,
-        dtype=dtype,
+        dtype="fp32" if dtype == "int8" else dtype,
         device=leader.device,
     )
     return Contender(opened)

@@ -54,6 +54,7 @@ ALLOWED = {
     "baseline": ("reference", "reference-eager"),
     "runtimes": RUNTIMES,
     "exports": ("fp32", "fp16", "int8"),
+    "dtype": ("fp32", "int8"),
 }
 """What a workload may name."""
 
@@ -93,6 +94,8 @@ class Workload:
     baseline: str
     runtimes: list[str]
     exports: list[str]
+    dtype: str = "fp32"
+    """Of the checkpoint in `runtimes`. Eager PyTorch is measured in fp32 in any case, as it leads, and the baseline is in fp32."""
     n_tokens: int | None = None
     """Of the text that is drawn; None where it is given."""
     runs: list[Run]
@@ -223,7 +226,7 @@ class Bench:
             out = folder / f"{workload.name}-{run.batch_size}.json"
             options = ["--runtimes", ",".join([*workload.runtimes, workload.baseline]), "--batch-sizes", str(run.batch_size)]
             options += ["--min-samples", str(run.samples), "--max-samples", str(run.samples), "--max-duration", "600"]
-            options += [] if exports else _options(workload.lengths)
+            options += ["--dtype", workload.dtype, *([] if exports else _options(workload.lengths))]
             options += [*text, "--device", "cpu", *threads, "--percentiles", "50"]
             command = [sys.executable, str(FOLDER / "reference_bench.py"), "bench", "--checkpoint", str(checkpoint), *options]
             command += [part for path in exports.values() for part in ("--artifact", str(path))]
@@ -231,7 +234,9 @@ class Bench:
             self.run([*command, "--accept-invalid", "--out", str(out)])
             result, after = BenchResult.read(out), peak_flops(workload.threads)
             profiles = []
-            wanted = [("pytorch", ["--checkpoint", str(checkpoint), *_options(workload.lengths)])] if "pytorch" in workload.runtimes else []
+            types = dict.fromkeys(("fp32", workload.dtype)) if "pytorch" in workload.runtimes else ()
+            eager = ["--checkpoint", str(checkpoint), *_options(workload.lengths)]
+            wanted = [(f"pytorch {dtype}", [*eager, "--dtype", dtype]) for dtype in types]
             wanted += [(f"onnx {dtype}", ["--artifact", str(path)]) for dtype, path in exports.items()]
             for name, opened in wanted if with_profile else []:
                 out = folder / f"profile-{workload.name}-{run.batch_size}.json"

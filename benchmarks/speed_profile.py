@@ -21,10 +21,9 @@ import running  # noqa: F401  makes this checkout's packages importable
 from torch.profiler import ProfilerActivity, profile
 
 from txl_deploy.bench.workload import Workload
-from txl_deploy.cli.bench_contenders import open_contenders
 from txl_deploy.corpora import open_corpus
 from txl_deploy.manifest import artifact_file
-from txl_deploy.opening import Lengths, open_exported
+from txl_deploy.opening import Lengths, open_checkpoint, open_exported
 from txl_deploy.runtimes.base import Runtime, RuntimeInfo
 from txl_deploy.runtimes.onnxrt import OnnxRuntime
 from txl_train.errors import TxlError, UsageError
@@ -35,7 +34,7 @@ STEPS = 4
 """Steps that are looked at."""
 
 KINDS = {
-    "rounding to int8": ("quantizelinear",),
+    "rounding to int8": ("quantizelinear", "aminmax"),
     "products": ("matmul", "gemm", "mm", "linear", "einsum"),
     "moving and shaping": (
         *(
@@ -150,6 +149,7 @@ def main() -> int:
     one = parser.add_mutually_exclusive_group(required=True)
     one.add_argument("--artifact", type=Path, help="an export for ONNX Runtime")
     one.add_argument("--checkpoint", type=Path, help="a checkpoint, in eager PyTorch")
+    parser.add_argument("--dtype", choices=("fp32", "int8"), help="of the checkpoint  [fp32]")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--dataset")
     parser.add_argument("--batch-size", type=int, required=True)
@@ -165,8 +165,8 @@ def main() -> int:
             runtime, model_data = opened.runtime, opened.model_data
         else:
             lengths = Lengths(tgt_len=given.tgt_len, mem_len=given.mem_len, clamp_len=given.clamp_len, same_length=given.same_length)
-            groups, model_data = open_contenders((), given.checkpoint, lengths, None, device="cpu", threads=given.threads)
-            runtime = groups[0][0].runtime
+            with open_checkpoint(given.checkpoint, runtime="pytorch", lengths=lengths, dtype=given.dtype, threads=given.threads) as opened:
+                runtime, model_data = opened.runtime, opened.model_data
         info = runtime.info
         ids = open_corpus(model_data, dataset=given.dataset, data=given.data).ids("test")
         workload = Workload(ids_N=ids, batch_size=given.batch_size, tgt_len=info.tgt_len, ext_len=info.config.ext_len)

@@ -224,8 +224,8 @@ def command(
 
     world = world_of()
     with first_alone_reports(world):
-        if fp16 and dtype == "fp32":
-            raise UsageError("`--fp16` and `--dtype fp32` contradict each other.", remedy="Give one of them.")
+        if fp16 and dtype not in (None, "fp16"):
+            raise UsageError(f"`--fp16` and `--dtype {dtype}` contradict each other.", remedy="Give one of them.")
         dtype = "fp16" if fp16 else dtype
         if not artifacts and checkpoint is None:
             raise UsageError(

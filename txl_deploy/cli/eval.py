@@ -211,8 +211,8 @@ def command(
 
     world = world_of()
     with first_alone_reports(world, everyone=log_all_ranks):
-        if fp16 and dtype == "fp32":
-            raise UsageError("`--fp16` and `--dtype fp32` contradict each other.", remedy="Give one of them.")
+        if fp16 and dtype not in (None, "fp16"):
+            raise UsageError(f"`--fp16` and `--dtype {dtype}` contradict each other.", remedy="Give one of them.")
         if cuda and context.get_parameter_source("device") is click.core.ParameterSource.COMMANDLINE and device == "cpu":
             raise UsageError("`--cuda` and `--device cpu` contradict each other.")
         if local_rank is not None and local_rank != world.local_rank:

@@ -64,20 +64,20 @@ def threads_option(command: F) -> F:
 
 
 class _Dtype(click.Choice[str]):
-    """fp32 or fp16; bf16, which training knows, is refused with the reason."""
+    """fp32, fp16 or int8; bf16, which training knows, is refused with the reason."""
 
     def __init__(self) -> None:
-        super().__init__(["fp32", "fp16"])
+        super().__init__(["fp32", "fp16", "int8"])
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value == "bf16":
-            self.fail("bf16 is for training only: exported models and their runtimes are in fp32 or fp16.", param, ctx)
+            self.fail("bf16 is for training only: exported models and their runtimes are in fp32, fp16 or int8.", param, ctx)
         return str(super().convert(value, param, ctx))
 
 
 def dtype_option(what: str) -> Callable[[F], F]:
-    """Add `--dtype` as the argument `dtype: str | None`, one of fp32, fp16; `what` says what has it and what it is by default."""
-    return click.option("--dtype", type=_Dtype(), help=f"Type of weights and matrix products {what}")
+    """Add `--dtype` as the argument `dtype: str | None`, one of fp32, fp16, int8; `what` says what has it and what it is by default."""
+    return click.option("--dtype", type=_Dtype(), help=f"Type of weights and matrix products {what}  int8: of linear layers, on a CPU.")
 
 
 def dataset_options(command: F) -> F:

@@ -23,19 +23,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from txl_deploy.export.onnx import DATA_FILE_NAME, EXTERNAL_DATA_BYTES, FILE_NAME
 from txl_train.errors import ValidationError
+from txl_train.model.int8 import rounded_weight
 
 if TYPE_CHECKING:
     import onnx
 
 MIN_OUTPUTS = 8
 """Layers of fewer outputs stay float32: nothing is gained in them (the columns of the tail clusters, of which there are three)."""
-
-LARGEST = 127
-"""Weights are rounded to whole numbers up to this. -128 is left out, so that positive and negative ones are rounded alike."""
 
 _POSITIONS = "position_term"
 """What constants that positions became are called: products with them belong to attention, whatever their shape."""
@@ -121,14 +120,9 @@ def quantize_linear_layers(model: onnx.ModelProto) -> int:
 
 
 def rounded_weights(values_KN: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Return int8 [K, N] and float32 scales [N] whose product is `values_KN` to within half a scale. ValueError if they are not finite."""
-    largest_N = np.abs(values_KN).max(axis=0)
-    if not np.isfinite(largest_N).all():
-        raise ValueError("it holds numbers that are not finite")
-    scale_N = (largest_N / LARGEST).astype(np.float32)
-    scale_N[scale_N < np.finfo(np.float32).tiny] = 1.0  # nothing but zeros, or as good as that
-    whole_KN = np.clip(np.rint(values_KN / scale_N), -LARGEST, LARGEST).astype(np.int8)
-    return np.ascontiguousarray(whole_KN), scale_N
+    """Return int8 [K, N] and float32 scales [N]: `int8.rounded_weight` of a graph's constants. ValueError if they are not finite."""
+    whole_NK, scale_N = rounded_weight(torch.from_numpy(np.array(values_KN.T, order="C")))
+    return np.ascontiguousarray(whole_NK.numpy().T), scale_N.numpy()
 
 
 def linear_layers(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

@@ -13,12 +13,14 @@ from txl_deploy.runtimes.base import TORCH_TYPES, RuntimeInfo, check_shapes, tor
 from txl_deploy.runtimes.graph import ModuleRuntime
 from txl_deploy.runtimes.window import Windows
 from txl_train.config import HeadKind, MemoryKind, ModelConfig
+from txl_train.errors import UsageError
 from txl_train.evaluate import StepOutput
 from txl_train.gpu_kernels import can_run_kernels
 from txl_train.model.adaptive import cluster_rows
 from txl_train.model.inference import STEPS, FixedStep
+from txl_train.model.int8 import Int8LogSoftmax, in_int8, int8_weights, require_int8
 from txl_train.model.memory import Memory
-from txl_train.model.packed import can_pack, in_packs, pack_step
+from txl_train.model.packed import PackedLinear, PackedLogSoftmax, can_pack, in_packs, pack_step
 from txl_train.model.transformer_xl import TransformerXL
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class EagerRuntime(ModuleRuntime):
-    """The model itself, in evaluation mode; in fp16 a copy of it."""
+    """The model itself, in evaluation mode; in fp16 and int8 a copy of it."""
 
     NAME: ClassVar[str] = "pytorch"
     PROVIDER: ClassVar[str] = "eager"
@@ -50,17 +52,32 @@ class EagerRuntime(ModuleRuntime):
         """Make the step; the arguments are those of `model.inference.FixedStep`.
 
         `packed` lays weights and memory out for speed where that can be done: in float32 on a CPU matrices are packed (`model.packed`), and
-        keys and values stay where they are (`window.Windows`). Without it, the step is made of the operations of an exported graph.
+        keys and values stay where they are (`window.Windows`). Without it, the step is made of the operations of an exported graph. In int8
+        linear layers are those of `model.int8` in any case, and all else and the states are float32.
+
+        Raises:
+            UsageError: int8 was asked for on a GPU or of another runtime than eager PyTorch.
+            EnvironmentUnfitError: this PyTorch has no products of int8.
+            ValidationError: a weight is too large for fp16, or not finite.
         """
         model.eval()
         self.is_packed = packed = packed and self.PACKS
-        has_packs = packed and dtype == "fp32" and not model.embedding.weights[0].is_cuda and can_pack()
-        self._model = model = in_packs(model, memory) if has_packs else model
-        step = STEPS[head](model, tgt_len, memory, config, dtype=TORCH_TYPES[dtype], memory_dtype=TORCH_TYPES[memory_dtype or dtype]).eval()
-        if has_packs:
-            pack_step(step)
+        is_int8, on_cpu = dtype == "int8", not model.embedding.weights[0].is_cuda
+        if is_int8:
+            _check_int8(self.NAME, on_cpu=on_cpu)
+        has_packs = packed and dtype == "fp32" and on_cpu and can_pack()
+        if has_packs or is_int8:
+            model = in_packs(model, memory, in_int8 if is_int8 else PackedLinear)
+        self._model = model
+        states = memory_dtype or ("fp32" if is_int8 else dtype)
+        step = STEPS[head](
+            model, tgt_len, memory, config, dtype=TORCH_TYPES["fp32" if is_int8 else dtype], memory_dtype=TORCH_TYPES[states]
+        ).eval()
+        if has_packs or is_int8:
+            pack_step(step, Int8LogSoftmax if is_int8 else PackedLogSoftmax)
         self.step_module = step
-        weights = count_matrices((str(weight.dtype).removeprefix("torch."), weight.dim()) for weight in step.parameters())
+        tensors = [*step.parameters(), *int8_weights(step)]
+        weights = count_matrices((str(weight.dtype).removeprefix("torch."), weight.dim()) for weight in tensors)
         device = str(model.embedding.weights[0].device)
         info = RuntimeInfo(
             name=self.NAME,
@@ -69,7 +86,7 @@ class EagerRuntime(ModuleRuntime):
             dtype=dtype,
             compute=torch_compute(dtype, device),
             memory=memory,
-            memory_dtype=memory_dtype or dtype,
+            memory_dtype=states,
             head=head,
             tgt_len=tgt_len,
             config=step.config,
@@ -128,6 +145,17 @@ class EagerRuntime(ModuleRuntime):
             checkpoint_sha256=info.checkpoint_sha256,
             packed=self.is_packed,
         )
+
+
+def _check_int8(runtime: str, *, on_cpu: bool) -> None:
+    """Refuse int8 where it is not for."""
+    if not on_cpu:
+        raise UsageError("int8 is for CPUs, not for GPUs.", remedy="Use `--dtype fp16`, or `--device cpu`.")
+    if runtime != EagerRuntime.NAME:
+        raise UsageError(
+            f"int8 is for the runtimes pytorch and onnx, not for {runtime}.", remedy="Use one of these, or `--dtype fp32` or `fp16`."
+        )
+    require_int8()
 
 
 def _has_kernels_for(step: FixedStep, device: torch.device) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,14 @@ the base model, 16 streams at once take 1.3 times as long."""
 
 SUMMED_AT_ONCE = 300_000
 """A normaliser is summed over as many rows at a time as have so many scores: 1 MB, read three times and written once, stays in a cache."""
+
+
+class MakeLinear(Protocol):
+    """What makes of a linear layer one that computes faster, with a ReLU of the result or without."""
+
+    def __call__(self, linear: nn.Linear, *, relu: bool = False) -> nn.Module:
+        """Return the layer."""
+        ...
 
 
 def can_pack() -> bool:
@@ -60,10 +69,10 @@ class PackedLinear(nn.Module):
 class PackedFeedForward(nn.Module):
     """`FeedForward` with packed matrices and the ReLU within the first product."""
 
-    def __init__(self, plain: FeedForward) -> None:
+    def __init__(self, plain: FeedForward, linear: MakeLinear = PackedLinear) -> None:
         super().__init__()
-        self.inner = PackedLinear(plain.inner, relu=True)
-        self.outer = PackedLinear(plain.outer)
+        self.inner = linear(plain.inner, relu=True)
+        self.outer = linear(plain.outer)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -81,6 +90,10 @@ class PackedLogSoftmax(AdaptiveLogSoftmax):
     def __init__(self, plain: AdaptiveLogSoftmax) -> None:
         nn.Module.__init__(self)
         self.__dict__.update({name: copy.copy(value) for name, value in plain.__dict__.items()})
+        self.pack()
+
+    def pack(self) -> None:
+        """Make of the tables what `scores` reads."""
         self._shortlist = pack_weight(self.tables()[0][0])
 
     def scores(self, hidden_ND: Tensor, cluster: int, weight_VW: Tensor, bias_V: Tensor) -> Tensor:
@@ -106,9 +119,9 @@ class PackedLogSoftmax(AdaptiveLogSoftmax):
         return torch.cat(parts)
 
 
-def pack_step(step: FixedStep) -> None:
-    """Pack what a step of a packed model has made of its own: the softmax's shortlist, and distances that are encoded alike."""
-    step.head = PackedLogSoftmax(step.head)
+def pack_step(step: FixedStep, head: Callable[[AdaptiveLogSoftmax], AdaptiveLogSoftmax] = PackedLogSoftmax) -> None:
+    """Pack what a step of a packed model has made of its own: the softmax's tables, and distances that are encoded alike."""
+    step.head = head(step.head)
     for i, layer in enumerate(step.decoder.layers):
         if isinstance(layer.attention, RelativeAttention):
             term = nearer(step.position_terms[i], step.config.clamp_len, step.ext_len + step.tgt_len)
@@ -126,21 +139,24 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, then: str) -> Tenso
     return out
 
 
-def in_packs(model: TransformerXL, memory: MemoryKind) -> TransformerXL:
+def in_packs(model: TransformerXL, memory: MemoryKind, linear: MakeLinear = PackedLinear) -> TransformerXL:
     """Return a copy of a float32 model on a CPU with the matrices of its layers packed, for inference alone; all other weights are shared.
 
     With a memory of hidden states the projections to keys and values stay as they are, since memory and input need parts of them.
     A model that was packed is returned as it is.
+
+    Args:
+        linear: what packs a layer: `PackedLinear`, or `int8.in_int8`.
     """
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
+    if any(isinstance(module, PackedFeedForward) for module in model.modules()):
         return model
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     twin = copy.deepcopy(model, memo=shared)
     for layer in twin.decoder_layers():
         attention, feed_forward = layer.attention, layer.feed_forward
         if memory == "kv":
-            attention.register_module("qkv", PackedLinear(attention.qkv))
-        attention.register_module("output", PackedLinear(attention.output))
+            attention.register_module("qkv", linear(attention.qkv))
+        attention.register_module("output", linear(attention.output))
         attention.scores_at_once = SCORES_AT_ONCE
-        layer.register_module("feed_forward", PackedFeedForward(feed_forward))
+        layer.register_module("feed_forward", PackedFeedForward(feed_forward, linear))
     return twin
