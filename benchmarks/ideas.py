@@ -6,7 +6,9 @@
 
 * tails: the tail clusters of several segments at once, rather than of each when it comes;
 * attention: ONNX's operator Attention (opset 23) in ONNX Runtime, rather than its parts;
-* int8: activations in int8 by scales that were calibrated before, rather than found in each step.
+* int8: activations in int8 by scales that were calibrated before, rather than found in each step;
+* states: keys and values in half precision, or PyTorch's fused attention, for one token a step;
+* fbgemm: the other int8 there is in PyTorch, for whose quantized tensors it announces an end.
 
 A part's time is the median over samples of both by turns; its share of a whole step is in the records of `speed.py`.
 """
@@ -18,6 +20,7 @@ import datetime
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ from speed import SHARES
 from txl_deploy.bench.environment import describe_environment
 from txl_train.files import write_json
 from txl_train.model.adaptive import cluster_rows
+from txl_train.model.int8 import in_int8, rounded_weight
 from txl_train.model.packed import PackedLogSoftmax, can_pack
 from txl_train.model.transformer_xl import TransformerXL
 
@@ -158,7 +162,77 @@ def int8(samples: int, quick: bool) -> Iterator[dict[str, Any]]:
             yield {"what": f"linear layer {n_in} to {n_out}, {n_token} tokens", **found}
 
 
-IDEAS: dict[str, Callable[[int, bool], Iterator[dict[str, Any]]]] = {"tails": tails, "attention": attention, "int8": int8}
+def states(samples: int, quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield the time of one layer's attention of one token over a full memory: products in float32 and in half precision, and fused."""
+    H, K, E = (2, 20, 8) if quick else (8, 641, 64)
+    torch.manual_seed(1)
+    for B in (1, 4, 16, 32):
+        query, bias = torch.randn(B, H, 1, E) * E**-0.5, torch.randn(B, H, 1, K)
+        layers = [(torch.randn(B, H, K, E), torch.randn(B, H, K, E)) for _ in range(1 if quick else 16)]  # which no cache holds
+
+        def products(dtype: torch.dtype, query: torch.Tensor = query, bias: torch.Tensor = bias, layers: Any = layers) -> Work:
+            kept = [(key.to(dtype), value.to(dtype)) for key, value in layers]
+
+            def work() -> None:
+                for key, value in kept:
+                    scores = torch.matmul(query.to(dtype), key.transpose(2, 3)).float().add_(bias)
+                    torch.matmul(torch.softmax(scores, dim=-1).to(dtype), value)
+
+            return work
+
+        def fused(query: torch.Tensor = query, bias: torch.Tensor = bias, layers: Any = layers) -> None:
+            for key, value in layers:
+                torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+
+        with torch.inference_mode():
+            ways: dict[str, Work] = {"bfloat16": products(torch.bfloat16), "float16": products(torch.float16), "fused": fused}
+            for name, way in ways.items():
+                taken = by_turns({"products in float32": products(torch.float32), name: way}, samples)
+                parts = {key: ms / len(layers) for key, ms in taken.items()}
+                yield {"what": f"attention of one token in one layer, {B} streams, {name}", **parts}
+
+
+def fbgemm(samples: int, quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield the time of a layer's four linear layers in int8 by oneDNN, as they are built, and by FBGEMM."""
+    sizes = ((16, 32),) if quick else ((512, 1536), (512, 512), (512, 2048), (2048, 512))
+    torch.manual_seed(1)
+    before, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
+    try:
+        plain = [[torch.nn.Linear(n_in, n_out) for n_in, n_out in sizes] for _ in range(1 if quick else 16)]
+        own = [[in_int8(linear) for linear in layer] for layer in plain]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that quantized tensors will be removed
+            theirs = [[_by_fbgemm(linear) for linear in layer] for layer in plain]
+        with torch.inference_mode():
+            for n_token in (1, 4, 16, 64, 256):
+                inputs = {n_in: torch.randn(n_token, n_in) for n_in, _ in sizes}
+
+                def run(layers: Any, inputs: dict[int, torch.Tensor] = inputs) -> None:
+                    for layer in layers:
+                        for linear, (n_in, _) in zip(layer, sizes):
+                            linear(inputs[n_in])
+
+                taken = by_turns({"oneDNN": lambda run=run: run(own), "FBGEMM": lambda run=run: run(theirs)}, samples)  # type: ignore[misc]
+                yield {"what": f"linear layers of one layer in int8, {n_token} tokens", **{k: v / len(plain) for k, v in taken.items()}}
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def _by_fbgemm(linear: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    _, scale_O = rounded_weight(linear.weight)
+    zero_O = torch.zeros(len(scale_O), dtype=torch.int64)
+    quantised = torch.quantize_per_channel(linear.weight.detach(), scale_O.double(), zero_O, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(quantised, linear.bias.detach())
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, False)  # type: ignore[no-any-return]
+
+
+IDEAS: dict[str, Callable[[int, bool], Iterator[dict[str, Any]]]] = {
+    "tails": tails,
+    "attention": attention,
+    "int8": int8,
+    "states": states,
+    "fbgemm": fbgemm,
+}
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:

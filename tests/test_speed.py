@@ -213,7 +213,7 @@ def test_the_ideas_that_were_not_built_are_measured_with_results_alike(tmp_path:
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 0, finished.stderr
     rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
-    assert len(rows) == 9
+    assert len(rows) == 26
     assert all(row.get("difference", 0.0) < 1e-3 for row in rows)
     assert next(tmp_path.glob("*.md")).read_text().count("\n| ") == 1 + len(rows)
 

@@ -113,7 +113,8 @@ class Generator:
         """Yield the tokens of `samples` continuations as they come, one of each sample that still goes on per step.
 
         A sample depends on the prompt, `sampling`, `seed` and its own number alone; its log p depends on the number of samples as far as
-        products of more rows round otherwise. Samples run side by side as far as the runtime's batch allows, in groups beyond that.
+        products of more rows round otherwise. Samples run side by side as far as the runtime's batch allows, in groups beyond that, and one
+        by one where they would take part in each other's rounding.
 
         Args:
             ids: the prompt, one or more ids [N].
@@ -126,7 +127,7 @@ class Generator:
         first_V = log_probs(scores_1V[0])
         memory_1 = Memory([state.clone() for state in memory_1.states], memory_1.length_B.clone())  # groups begin from it again
         timing.prompt_s = time.perf_counter() - begun
-        width = min(samples, self.step.info.max_batch or samples)
+        width = 1 if self.step.info.mixes_streams else min(samples, self.step.info.max_batch or samples)
         for start in range(0, samples, max(1, width)):
             numbers = range(start, min(start + width, samples))
             yield from self._group(numbers, first_V, memory_1, max_tokens, sampling, seed, ends, timing)

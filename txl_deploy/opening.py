@@ -66,15 +66,18 @@ def open_checkpoint(
     """Yield `path` in one of `registry.RUNTIME_NAMES`; torchscript and onnx are exported first, to `keep` or into a temporary folder.
 
     Args:
-        dtype: of weights, products and states; None means fp32.
+        dtype: of weights, products and states, which are fp32 beside int8; None means fp32.
 
     Raises:
-        UsageError: there is no such checkpoint, or something else is at `keep`.
+        UsageError: there is no such checkpoint, something else is at `keep`, or int8 was asked for of another runtime or on a GPU.
         CheckpointError: it is damaged.
         ValidationError: what was exported computes something else than the checkpoint, or fp16 cannot hold it.
         EnvironmentUnfitError: the runtime or what it compiles with is not installed, or the device is absent.
     """
     chosen: Dtype = dtype or "fp32"
+    if chosen == "int8":
+        _check_int8(runtime, device)
+        device = "cpu"
     if runtime in ("pytorch", "compiled"):
         eager, checkpoint = eager_from_checkpoint(
             path,
@@ -90,7 +93,7 @@ def open_checkpoint(
         del checkpoint  # whose weights would stay beside those that were packed or rounded
         yield Opened(eager, data, str(path), eager.of_length)
         return
-    resolve_device(device, [runtime])  # before the work of exporting
+    resolve_device(device, [runtime], chosen)  # before the work of exporting
     with tempfile.TemporaryDirectory(prefix="txl-") as folder:
 
         def export(out: Path, wanted: Lengths) -> Opened:
@@ -157,6 +160,15 @@ def _check_head(manifest: manifests.Manifest, head: HeadKind | None, directory: 
             f"{directory} yields {_YIELDS[has]}, but this takes {_YIELDS[head]}.",
             remedy=f"Export the checkpoint again with `--head {head.replace('_', '-')}`.",
         )
+
+
+def _check_int8(runtime: str, device: str) -> None:
+    if runtime not in ("pytorch", "onnx"):
+        raise UsageError(
+            f"int8 is for the runtimes pytorch and onnx, not for {runtime}.", remedy="Use one of these, or `--dtype fp32` or `fp16`."
+        )
+    if device.startswith("cuda"):
+        raise UsageError("int8 is for CPUs, not for GPUs.", remedy="Use `--dtype fp16`, or `--device cpu`.")
 
 
 def _check_dtype(manifest: manifests.Manifest, dtype: Dtype | None, directory: Path) -> None:

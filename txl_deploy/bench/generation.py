@@ -207,7 +207,7 @@ class _Lane:
 
     def _must_agree(self, other: _Lane) -> bool:
         mine, its = self.generator.step.info, other.generator.step.info
-        same_model = (mine.checkpoint_sha256, mine.config, mine.dtype) == (its.checkpoint_sha256, its.config, its.dtype)
+        same_model = (mine.checkpoint_sha256, mine.config) == (its.checkpoint_sha256, its.config) and mine.dtype == its.dtype == "fp32"
         cuts = [[reader.info.tgt_len for reader in lane.generator.readers] for lane in (self, other)]
         cut_matters = len(self.prompt) > mine.mem_len and not mine.config.same_length
         return same_model and (cuts[0] == cuts[1] or not cut_matters)

@@ -323,7 +323,7 @@ def _device(job: _Job, world: World) -> str:
     from txl_deploy.runtimes.registry import resolve_device
 
     formats = [read_manifest(path).format for path in job.artifacts]
-    return device_of(world, resolve_device(job.device, [*formats, *(job.runtimes if job.checkpoint is not None else [])]))
+    return device_of(world, resolve_device(job.device, [*formats, *(job.runtimes if job.checkpoint is not None else [])], job.dtype))
 
 
 def _run(job: _Job, device: str, world: World, verdicts: Verdicts, stack: contextlib.ExitStack) -> BenchResult:

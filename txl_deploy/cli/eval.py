@@ -240,7 +240,7 @@ def command(
             lengths=lengths,
             memory=cast("MemoryKind | None", memory),
             dtype=cast("Dtype | None", "fp16" if fp16 else dtype),
-            device=_device("cuda" if cuda else device, source, world),
+            device=_device("cuda" if cuda else device, source, dtype, world),
             threads=threads,
             request=request,
             dataset=dataset,
@@ -390,12 +390,15 @@ def _receipts(
     return ReceiptJob(artifact=source.artifact, checkpoint=source.checkpoint, file=file, threads=threads)
 
 
-def _device(device: str, source: _Source, world: World) -> str:
+def _device(device: str, source: _Source, dtype: str | None, world: World) -> str:
     """Return where this process computes: of several on a machine with GPUs, each has its own."""
     from txl_deploy.manifest import read_manifest
     from txl_deploy.runtimes.registry import resolve_device
 
-    return device_of(world, resolve_device(device, [source.runtime if source.artifact is None else read_manifest(source.artifact).format]))
+    if source.artifact is None:
+        return device_of(world, resolve_device(device, [source.runtime], dtype))
+    manifest = read_manifest(source.artifact)
+    return device_of(world, resolve_device(device, [manifest.format], manifest.settings.dtype))
 
 
 def _run(job: _Job, world: World, report: Report, stack: contextlib.ExitStack) -> dict[str, Any]:

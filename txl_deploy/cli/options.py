@@ -77,7 +77,7 @@ class _Dtype(click.Choice[str]):
 
 def dtype_option(what: str) -> Callable[[F], F]:
     """Add `--dtype` as the argument `dtype: str | None`, one of fp32, fp16, int8; `what` says what has it and what it is by default."""
-    return click.option("--dtype", type=_Dtype(), help=f"Type of weights and matrix products {what}  int8: of linear layers, on a CPU.")
+    return click.option("--dtype", type=_Dtype(), help=f"Type of weights and matrix products (int8: of linear layers, on a CPU) {what}")
 
 
 def dataset_options(command: F) -> F:

@@ -132,9 +132,9 @@ def command(
             batch_size = min(max(16, info.min_batch), info.max_batch or 16)
         texts = Texts(opened.model_data, dataset=dataset, per=cast("Per", per), context=cast("Context", context), tokenized=tokenized)
         scorer = Scorer(opened.runtime, batch_size)
-        if info.dtype == "int8" and batch_size > 1:
+        if info.mixes_streams and batch_size > 1:
             log.warning(
-                "An int8 model rounds all streams of a batch by one scale, so what stands beside a text changes what it scores a little; "
+                "An int8 graph rounds all streams of a batch by one scale, so what stands beside a text changes what it scores a little; "
                 "with `--batch-size 1` nothing does."
             )
         total = _Total(opened.model_data.vocabulary.counts_characters)

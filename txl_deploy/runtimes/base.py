@@ -40,7 +40,7 @@ class RuntimeInfo:
     device: str
     """`cpu` or `cuda:0`."""
     dtype: str
-    """Type of weights and matrix products as stored: fp32 or fp16."""
+    """Type of weights and matrix products as stored: fp32 or fp16, or int8 of linear layers beside fp32."""
     compute: str = ""
     """Type that products are really computed in, as far as the runtime tells: ONNX Runtime computes fp16 in fp32 on a CPU. `unknown` is
     what it does not tell."""
@@ -75,6 +75,11 @@ class RuntimeInfo:
     def returns_early(self) -> bool:
         """Whether `step` may return before the device has done it: then the time to enqueue it is another than that of the step."""
         return self.device.startswith("cuda") and not self.waits
+
+    @property
+    def mixes_streams(self) -> bool:
+        """Whether streams of a batch take part in each other's rounding: int8 graphs have one scale for all inputs of a layer."""
+        return self.dtype == "int8" and self.name == "onnx"
 
     @property
     def mem_len(self) -> int:

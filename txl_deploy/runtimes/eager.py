@@ -18,9 +18,9 @@ from txl_train.evaluate import StepOutput
 from txl_train.gpu_kernels import can_run_kernels
 from txl_train.model.adaptive import cluster_rows
 from txl_train.model.inference import STEPS, FixedStep
-from txl_train.model.int8 import Int8LogSoftmax, in_int8, int8_weights, require_int8
+from txl_train.model.int8 import INT8, int8_weights, require_int8
 from txl_train.model.memory import Memory
-from txl_train.model.packed import PackedLinear, PackedLogSoftmax, can_pack, in_packs, pack_step
+from txl_train.model.packed import PACKED, can_pack, in_packs, pack_step
 from txl_train.model.transformer_xl import TransformerXL
 
 if TYPE_CHECKING:
@@ -64,17 +64,18 @@ class EagerRuntime(ModuleRuntime):
         self.is_packed = packed = packed and self.PACKS
         is_int8, on_cpu = dtype == "int8", not model.embedding.weights[0].is_cuda
         if is_int8:
-            _check_int8(self.NAME, on_cpu=on_cpu)
-        has_packs = packed and dtype == "fp32" and on_cpu and can_pack()
-        if has_packs or is_int8:
-            model = in_packs(model, memory, in_int8 if is_int8 else PackedLinear)
-        self._model = model
-        states = memory_dtype or ("fp32" if is_int8 else dtype)
-        step = STEPS[head](
-            model, tgt_len, memory, config, dtype=TORCH_TYPES["fp32" if is_int8 else dtype], memory_dtype=TORCH_TYPES[states]
-        ).eval()
-        if has_packs or is_int8:
-            pack_step(step, Int8LogSoftmax if is_int8 else PackedLogSoftmax)
+            if not (on_cpu and self.PACKS and memory_dtype in (None, "fp32")):
+                raise UsageError(
+                    "int8 is for eager PyTorch on a CPU, with states of fp32.", remedy="Use `--dtype fp16`, or `--device cpu`."
+                )
+            require_int8()
+        packing = INT8 if is_int8 else PACKED if packed and dtype == "fp32" and on_cpu and can_pack() else None
+        self._model = model = model if packing is None else in_packs(model, memory, packing)
+        element = "fp32" if is_int8 else dtype  # of all that is no linear layer
+        states = memory_dtype or element
+        step = STEPS[head](model, tgt_len, memory, config, dtype=TORCH_TYPES[element], memory_dtype=TORCH_TYPES[states]).eval()
+        if packing is not None:
+            pack_step(step)
         self.step_module = step
         tensors = [*step.parameters(), *int8_weights(step)]
         weights = count_matrices((str(weight.dtype).removeprefix("torch."), weight.dim()) for weight in tensors)
@@ -145,17 +146,6 @@ class EagerRuntime(ModuleRuntime):
             checkpoint_sha256=info.checkpoint_sha256,
             packed=self.is_packed,
         )
-
-
-def _check_int8(runtime: str, *, on_cpu: bool) -> None:
-    """Refuse int8 where it is not for."""
-    if not on_cpu:
-        raise UsageError("int8 is for CPUs, not for GPUs.", remedy="Use `--dtype fp16`, or `--device cpu`.")
-    if runtime != EagerRuntime.NAME:
-        raise UsageError(
-            f"int8 is for the runtimes pytorch and onnx, not for {runtime}.", remedy="Use one of these, or `--dtype fp32` or `fp16`."
-        )
-    require_int8()
 
 
 def _has_kernels_for(step: FixedStep, device: torch.device) -> bool:

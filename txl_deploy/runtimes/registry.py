@@ -51,12 +51,14 @@ _OPENERS: dict[str, Callable[[Path, RuntimeInfo, int | None, Manifest], Runtime]
 }
 
 
-def resolve_device(device: str, runtimes: Iterable[str] = ()) -> str:
-    """Return `cpu` or `cuda:0` for auto, cpu or cuda; auto is a GPU if PyTorch and all of `runtimes` can use one.
+def resolve_device(device: str, runtimes: Iterable[str] = (), dtype: str | None = None) -> str:
+    """Return `cpu` or `cuda:0` for auto, cpu or cuda; auto is a GPU if PyTorch and all of `runtimes` can use one, and not for int8.
 
     Raises `EnvironmentUnfitError` if a GPU is asked for and PyTorch finds none.
     """
-    if device == "auto" and "onnx" in runtimes:
+    if device == "auto" and dtype == "int8":
+        device = "cpu"
+    elif device == "auto" and "onnx" in runtimes:
         from txl_deploy.runtimes.onnxrt import has_cuda
 
         device = "auto" if has_cuda() else "cpu"
@@ -85,7 +87,7 @@ def open_artifact(directory: Path, *, device: str = "cpu", threads: int | None =
     info = RuntimeInfo(
         name=manifest.format,
         provider=manifest.format,
-        device=resolve_device(device, [manifest.format]),
+        device=resolve_device(device, [manifest.format], manifest.settings.dtype),
         dtype=manifest.settings.dtype,
         memory=manifest.settings.memory,
         memory_dtype=manifest.settings.memory_dtype,
@@ -139,14 +141,15 @@ def eager_from_checkpoint(
     Raises:
         CheckpointError: it is damaged.
         ValidationError: a weight is too large for `dtype`.
-        EnvironmentUnfitError: the device is absent, or it cannot be compiled for it.
+        EnvironmentUnfitError: the device is absent, or it cannot be compiled for it, or has no products of int8.
+        UsageError: int8 was asked for where it is not for.
     """
     from txl_train.checkpoint import load_model
     from txl_train.model.inference import with_lengths
     from txl_train.model.memory import best_memory_kind
 
     use_threads(threads)
-    where = resolve_device(device)
+    where = resolve_device(device, dtype=dtype)
     model, checkpoint = load_model(path)
     model.to(where)
     config = with_lengths(

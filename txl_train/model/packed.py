@@ -12,13 +12,13 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from txl_train.config import MemoryKind
-from txl_train.model.adaptive import AdaptiveLogSoftmax
+from txl_train.config import MemoryKind, ModelConfig
+from txl_train.model.adaptive import AdaptiveEmbedding, AdaptiveLogSoftmax
 from txl_train.model.inference import FixedStep
 from txl_train.model.relative import RelativeAttention, nearer
 from txl_train.model.transformer_xl import FeedForward, TransformerXL
@@ -30,14 +30,6 @@ the base model, 16 streams at once take 1.3 times as long."""
 
 SUMMED_AT_ONCE = 300_000
 """A normaliser is summed over as many rows at a time as have so many scores: 1 MB, read three times and written once, stays in a cache."""
-
-
-class MakeLinear(Protocol):
-    """What makes of a linear layer one that computes faster, with a ReLU of the result or without."""
-
-    def __call__(self, linear: nn.Linear, *, relu: bool = False) -> nn.Module:
-        """Return the layer."""
-        ...
 
 
 def can_pack() -> bool:
@@ -69,10 +61,10 @@ class PackedLinear(nn.Module):
 class PackedFeedForward(nn.Module):
     """`FeedForward` with packed matrices and the ReLU within the first product."""
 
-    def __init__(self, plain: FeedForward, linear: MakeLinear = PackedLinear) -> None:
+    def __init__(self, plain: FeedForward) -> None:
         super().__init__()
-        self.inner = linear(plain.inner, relu=True)
-        self.outer = linear(plain.outer)
+        self.inner = PackedLinear(plain.inner, relu=True)
+        self.outer = PackedLinear(plain.outer)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -95,6 +87,10 @@ class PackedLogSoftmax(AdaptiveLogSoftmax):
     def pack(self) -> None:
         """Make of the tables what `scores` reads."""
         self._shortlist = pack_weight(self.tables()[0][0])
+
+    def cut(self, config: ModelConfig, embedding: AdaptiveEmbedding | None) -> PackedLogSoftmax:
+        """Return this: a step needs no other tables than the packed ones, and so those of all lengths share them."""
+        return self
 
     def scores(self, hidden_ND: Tensor, cluster: int, weight_VW: Tensor, bias_V: Tensor) -> Tensor:
         """Return the logits [N, V_cluster] within a cluster."""
@@ -119,9 +115,20 @@ class PackedLogSoftmax(AdaptiveLogSoftmax):
         return torch.cat(parts)
 
 
-def pack_step(step: FixedStep, head: Callable[[AdaptiveLogSoftmax], AdaptiveLogSoftmax] = PackedLogSoftmax) -> None:
-    """Pack what a step of a packed model has made of its own: the softmax's tables, and distances that are encoded alike."""
-    step.head = head(step.head)
+class Packing(NamedTuple):
+    """What the parts of a model become: linear layers, feed-forward layers and the softmax."""
+
+    linear: Callable[[nn.Linear], nn.Module]
+    feed_forward: Callable[[FeedForward], nn.Module]
+    head: Callable[[AdaptiveLogSoftmax], AdaptiveLogSoftmax]
+
+
+PACKED = Packing(PackedLinear, PackedFeedForward, PackedLogSoftmax)
+"""The same numbers, packed by oneDNN. What computes in int8 is `int8.INT8`."""
+
+
+def pack_step(step: FixedStep) -> None:
+    """Leave out what a step of a packed model has and needs not: distances that are encoded alike."""
     for i, layer in enumerate(step.decoder.layers):
         if isinstance(layer.attention, RelativeAttention):
             term = nearer(step.position_terms[i], step.config.clamp_len, step.ext_len + step.tgt_len)
@@ -139,24 +146,27 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, then: str) -> Tenso
     return out
 
 
-def in_packs(model: TransformerXL, memory: MemoryKind, linear: MakeLinear = PackedLinear) -> TransformerXL:
-    """Return a copy of a float32 model on a CPU with the matrices of its layers packed, for inference alone; all other weights are shared.
+def in_packs(model: TransformerXL, memory: MemoryKind, packing: Packing = PACKED) -> TransformerXL:
+    """Return a copy of a float32 model on a CPU with the matrices of its layers and softmax packed, for inference alone.
 
-    With a memory of hidden states the projections to keys and values stay as they are, since memory and input need parts of them.
-    A model that was packed is returned as it is.
+    All other weights are shared. With a memory of hidden states the projections to keys and values stay as they are, since memory and
+    input need parts of them. A model that was packed is returned as it is.
 
-    Args:
-        linear: what packs a layer: `PackedLinear`, or `int8.in_int8`.
+    Raises:
+        ValueError: the model was packed in another way.
     """
-    if any(isinstance(module, PackedFeedForward) for module in model.modules()):
+    if isinstance(model.head, PackedLogSoftmax):
+        if type(model.head) is not packing.head:
+            raise ValueError(f"This model has {type(model.head).__name__} already.")
         return model
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     twin = copy.deepcopy(model, memo=shared)
     for layer in twin.decoder_layers():
         attention, feed_forward = layer.attention, layer.feed_forward
         if memory == "kv":
-            attention.register_module("qkv", linear(attention.qkv))
-        attention.register_module("output", linear(attention.output))
+            attention.register_module("qkv", packing.linear(attention.qkv))
+        attention.register_module("output", packing.linear(attention.output))
         attention.scores_at_once = SCORES_AT_ONCE
-        layer.register_module("feed_forward", PackedFeedForward(feed_forward, linear))
+        layer.register_module("feed_forward", packing.feed_forward(feed_forward))
+    twin.head = packing.head(twin.head)
     return twin

@@ -12,9 +12,11 @@ import torch
 from tests.deploy.conftest import TGT_LEN, Exports
 from tests.support import build_model, random_ids, small_config
 from txl_deploy.cli.main import main
+from txl_deploy.opening import Lengths, open_checkpoint
 from txl_deploy.parity.tolerances import tolerance_for
 from txl_deploy.runtimes.eager import EagerRuntime
-from txl_deploy.runtimes.registry import eager_from_checkpoint
+from txl_deploy.runtimes.registry import eager_from_checkpoint, resolve_device
+from txl_train.errors import UsageError
 from txl_train.model.packed import can_pack
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this PyTorch was built without oneDNN")
@@ -45,25 +47,51 @@ def test_it_is_measured_beside_fp32_and_held_to_its_perplexity(exports: Exports,
     assert rows == [("pytorch", "fp32", "fp32", True), ("pytorch", "int8", "int8", True)]
 
 
-def test_it_generates(exports: Exports, capsys: Capture) -> None:
-    options = ["--dtype", "int8", "--prompt", "word6 word1 word2", "--max-tokens", "3"]
-    assert run_json(capsys, "generate", "--checkpoint", exports.checkpoint, *options)["dtype"] == "int8"
+def test_the_tokens_that_it_generates_are_drawn_from_its_own_scores(exports: Exports, capsys: Capture) -> None:
+    options = ["--prompt", "word6 word1 word2", "--max-tokens", "4", "--temperature", "0"]
+    found = run_json(capsys, "generate", "--checkpoint", exports.checkpoint, "--dtype", "int8", *options)
+    runtime = eager_from_checkpoint(exports.checkpoint, tgt_len=1, dtype="int8", head="log_probs")[0]
+    ids, memory = list(found["prompt_token_ids"]), runtime.initial_memory(1)
+    for at in range(len(ids) + 3):
+        scores_1V, memory = runtime.next_token(torch.tensor([[ids[at]]]), memory)
+        if at + 1 >= len(found["prompt_token_ids"]):
+            ids.append(int(scores_1V.argmax()))
+    assert found["dtype"] == "int8"
+    assert found["samples"][0]["token_ids"] == ids[len(found["prompt_token_ids"]) :]
 
 
-def test_it_scores_texts_and_warns_where_they_stand_beside_each_other(exports: Exports, tmp_path: Path, capsys: Capture) -> None:
+def test_what_stands_beside_a_text_does_not_change_its_score(exports: Exports, tmp_path: Path, capsys: Capture) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("word6 word1 word2\nword3 word4\nword1\n")
+    scores = []
+    for batch_size in ("1", "3"):
+        command = ["score", "--checkpoint", str(exports.checkpoint), "--dtype", "int8", "--batch-size", batch_size, str(text)]
+        assert main(command) == 0
+        printed = capsys.readouterr()
+        assert "stands beside a text" not in printed.err
+        scores.append([json.loads(line)["nll_nats"] for line in printed.out.splitlines()])
+    assert scores[1] == pytest.approx(scores[0], abs=1e-5)
+
+
+def test_a_graph_in_int8_warns_of_what_stands_beside_a_text_and_generates_one_by_one(
+    exports: Exports, tmp_path: Path, capsys: Capture
+) -> None:
+    pytest.importorskip("onnxruntime")
     text = tmp_path / "text.txt"
     text.write_text("word6 word1 word2\n")
-    assert main(["score", "--checkpoint", str(exports.checkpoint), "--dtype", "int8", str(text)]) == 0
-    printed = capsys.readouterr()
-    assert json.loads(printed.out.splitlines()[0])["tokens"] == 4
-    assert "rounds all streams of a batch by one scale" in printed.err
+    model = ["--checkpoint", str(exports.checkpoint), "--dtype", "int8", "--runtime", "onnx"]
+    assert main(["score", *model, str(text)]) == 0
+    assert "what stands beside a text changes what it scores a little" in capsys.readouterr().err
+    options = ["--prompt", "word6 word1", "--max-tokens", "4", "--seed", "3"]
+    one, three = (run_json(capsys, "generate", *model, *options, "--num-samples", n)["samples"] for n in ("1", "3"))
+    assert three[0] == one[0]
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         (["--runtime", "compiled"], "int8 is for the runtimes pytorch and onnx, not for compiled"),
-        (["--runtime", "torchscript"], "int8 is for ONNX on a CPU, not for torchscript"),
+        (["--runtime", "torchscript"], "int8 is for the runtimes pytorch and onnx, not for torchscript"),
         (["--fp16"], "`--fp16` and `--dtype int8` contradict each other"),
     ],
 )
@@ -72,14 +100,28 @@ def test_what_it_is_not_for_is_refused(exports: Exports, capsys: Capture, option
     assert reason in capsys.readouterr().err
 
 
-def test_it_is_as_far_from_fp32_as_the_graph_that_onnxruntime_runs(exports: Exports, capsys: Capture) -> None:
+def test_the_other_int8_there_is_has_nearly_the_same_perplexity(exports: Exports, capsys: Capture) -> None:
     pytest.importorskip("onnxruntime")
     ours, theirs = (
         run_json(capsys, "eval", "--checkpoint", exports.checkpoint, "--dtype", "int8", "--runtime", runtime)["nll_nats_per_token"]
         for runtime in ("pytorch", "onnx")
     )
-    exact = run_json(capsys, "eval", "--checkpoint", exports.checkpoint)["nll_nats_per_token"]
-    assert abs(ours - theirs) < 2e-3 * exact
+    assert abs(ours - theirs) < 2e-3 * theirs
+
+
+def test_on_a_machine_with_a_gpu_it_runs_on_the_cpu_unless_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [resolve_device("auto", dtype=dtype) for dtype in (None, "fp16", "int8")] == ["cuda:0", "cuda:0", "cpu"]
+    with (
+        pytest.raises(UsageError, match="int8 is for CPUs, not for GPUs"),
+        open_checkpoint(Path("any.pt"), runtime="onnx", lengths=Lengths(), dtype="int8", device="cuda"),
+    ):
+        pass
+
+
+def test_states_of_fp16_are_refused_beside_it() -> None:
+    with pytest.raises(UsageError, match="with states of fp32"):
+        EagerRuntime(build_model(small_config()), tgt_len=4, dtype="int8", memory_dtype="fp16")
 
 
 def test_segments_of_another_length_go_on_with_the_same_memory(exports: Exports) -> None:
