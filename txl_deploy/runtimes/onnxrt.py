@@ -33,6 +33,7 @@ from txl_deploy.runtimes.graph import GraphRuntime
 from txl_deploy.signature import TensorSpec, step_signature
 from txl_train.errors import ArtifactError, EnvironmentUnfitError, PackageMissingError, TxlError, UsageError
 from txl_train.exhaustion import LOADING, as_unfit
+from txl_train.model.int8 import sums_exactly
 from txl_train.model.memory import Memory, state_count, state_shape
 
 _INSTALL = "Install it with `pip install 'txl[onnx]'` (or `'txl[onnx-gpu]'` on a GPU)."
@@ -95,8 +96,8 @@ class OnnxRuntime(GraphRuntime):
         def start(profile: str | None = None) -> None:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
-            # int8 products add two at a time in 16 bits on CPUs without VNNI, where they saturate; this takes exact ones there instead
-            options.add_session_config_entry("session.x64quantprecision", "1")
+            if info.dtype == "int8" and may_saturate():  # this takes other products, which are exact and slower: with VNNI by a third
+                options.add_session_config_entry("session.x64quantprecision", "1")
             if threads is not None:
                 options.intra_op_num_threads = threads
             if profile is not None:
@@ -232,6 +233,17 @@ class OnnxRuntime(GraphRuntime):
         for spec, tensor in zip(specs, tensors, strict=True):
             address = tensor.data_ptr() or self._somewhere.data_ptr()  # an empty tensor lies nowhere, which onnxruntime refuses
             bind(spec.name, self._device.type, self._device.index or 0, _ELEMENTS[tensor.dtype], tuple(tensor.shape), address)
+
+
+def may_saturate() -> bool:
+    """Return whether int8 products of this CPU may saturate: those without VNNI add two at a time in 16 bits.
+
+    PyTorch's tell, with AVX-512 as well: of the VNNI that there is without that, it is not known whether ONNX Runtime uses it.
+    """
+    try:
+        return torch.backends.cpu.get_cpu_capability() != "AVX512" or not sums_exactly()
+    except (AttributeError, RuntimeError):  # a PyTorch without such products
+        return True
 
 
 class _Buffers:

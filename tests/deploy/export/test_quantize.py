@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from txl_deploy.export.quantize import MIN_OUTPUTS, quantize_file, quantize_line
 from txl_deploy.manifest import read_manifest, write_manifest
 from txl_deploy.parity.tolerances import tolerance_for
 from txl_deploy.receipt import Receipt
+from txl_deploy.runtimes.onnxrt import may_saturate
 from txl_deploy.runtimes.registry import open_artifact
 from txl_train.errors import ValidationError
 
@@ -60,7 +62,8 @@ def product(kind: str, weight: np.ndarray, **given: Any) -> onnx.ModelProto:
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
     runtime = pytest.importorskip("onnxruntime")
     options = runtime.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", "1")  # as `OnnxRuntime` has it: exact without VNNI too
+    if may_saturate():  # as `OnnxRuntime` has it
+        options.add_session_config_entry("session.x64quantprecision", "1")
     session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     result: np.ndarray = session.run(None, {"x": x})[0]
     return result
@@ -88,6 +91,33 @@ def test_a_rewritten_product_is_the_product_to_within_its_rounding(kind: str, gi
     assert quantize_linear_layers(model) == 1
     assert {node.op_type for node in model.graph.node} == {"DynamicQuantizeLinear", "MatMulInteger", "Cast", "Mul"}
     assert abs(run(model, x) - x @ weight).max() < 0.03 * abs(x @ weight).max()
+
+
+def test_the_largest_products_are_exact_in_the_session_that_is_made_for_this_cpu() -> None:
+    weight = np.ones((2048, 32), np.float32)
+    model = product("MatMul", weight)
+    assert quantize_linear_layers(model) == 1
+    np.testing.assert_allclose(run(model, np.full((3, 2048), 2.0, np.float32)), 4096.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("capability", "exact", "asked"), [("AVX512", True, ""), ("AVX512", False, "1"), ("AVX2", True, "1")])
+def test_exact_products_are_asked_for_where_the_fast_ones_may_saturate(
+    int8_onnx: Path, monkeypatch: pytest.MonkeyPatch, capability: str, exact: bool, asked: str
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("txl_deploy.runtimes.onnxrt.sums_exactly", lambda: exact)
+    found = []
+
+    def session(path: str, options: Any, **rest: Any) -> Any:
+        found.append("")
+        with contextlib.suppress(RuntimeError):  # which says that there is no such entry
+            found[-1] = options.get_session_config_entry(key)
+        return made(path, options, **rest)
+
+    key, made = "session.x64quantprecision", onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    open_artifact(int8_onnx)
+    assert set(found) == {asked}
 
 
 def test_the_weights_are_those_that_the_library_of_onnxruntime_makes(tmp_path: Path) -> None:
