@@ -201,7 +201,7 @@ def test_a_step_in_int8_scores_as_its_rounded_numbers_do(changes: dict[str, Any]
         # where a sum in float32 lies on the border of two whole numbers, it may become either
         assert (found[0] - expected[0]).abs().median() < 1e-5
         assert (found[0] - expected[0]).abs().max() < 0.1 * (found[0] - exact[0]).abs().max() + 5e-3
-        assert 0 < (found[0] - exact[0]).abs().max() < 0.1
+        assert 0 < (found[0] - exact[0]).abs().max() < (0.1 if int8.sums_exactly() else 0.25)
         memory_of = memory_of._replace(length_B=found[1], states=found[2])
     n_linear = config.n_layer * (4 if kind == "kv" else 3) + len(config.cluster_ends) - 1
     assert [weight.dtype for weight in int8_weights(rounded)] == [torch.int8] * n_linear
