@@ -126,7 +126,7 @@ def test_a_small_run_proves_its_export_and_says_of_each_goal_whether_it_is_met(t
     assert all(goal in written.with_suffix(".md").read_text() for goal in goals)
     assert str(tmp_path) not in written.read_text()
     assert min(result["peak_flops_before"], result["peak_flops_after"]) > 0
-    assert {profile["runtime"] for profile in result["profiles"]} == {"pytorch", "onnx fp32"}
+    assert {profile["runtime"] for profile in result["profiles"]} == {"pytorch fp32", "onnx fp32"}
     for profile in result["profiles"]:
         assert profile["ms_by_kind"]["products"] > 0
         assert sum(profile["ms_by_kind"].values()) == pytest.approx(profile["step_ms"], rel=0.2)  # operators may overlap a little
