@@ -136,3 +136,18 @@ def trace_only(patch: pytest.MonkeyPatch) -> None:
     """Let torch.compile trace as it always does, and run what it traced as it is: producing code takes half a minute a step."""
     real = torch.compile
     patch.setattr(torch, "compile", lambda model, **options: real(model, **(options | {"backend": "eager", "mode": None})))
+
+
+def needs_exact_int8() -> pytest.MarkDecorator:
+    """Skip where ONNX Runtime has no exact int8 products: 1.23, the last one for Python 3.10, saturates without VNNI whatever is set, so
+    that an export is refused."""
+    from packaging.version import Version
+
+    from txl_deploy.bench.environment import cpu_extensions
+
+    try:
+        import onnxruntime
+    except ImportError:
+        return pytest.mark.skip(reason="onnxruntime is not installed")
+    is_exact = Version(onnxruntime.__version__) >= Version("1.24") or {"avx_vnni", "avx512_vnni"} & set(cpu_extensions())
+    return pytest.mark.skipif(not is_exact, reason="this ONNX Runtime has no exact int8 products on CPUs without VNNI")

@@ -11,10 +11,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from packaging.version import Version
 
 from tests.deploy.conftest import Exports
-from txl_deploy.bench.environment import cpu_extensions
+from tests.support import needs_exact_int8
 from txl_deploy.cli.main import main
 from txl_deploy.export import quantize
 from txl_deploy.export.artifact import ExportRequest, export_artifact
@@ -28,13 +27,8 @@ from txl_deploy.runtimes.registry import open_artifact
 from txl_train.errors import ValidationError
 
 onnxruntime = pytest.importorskip("onnxruntime")
-EXACT_FROM = Version("1.24")
-"""ONNX Runtime 1.23, the last one for Python 3.10, saturates without VNNI whatever is set: an export is refused there."""
 
-pytestmark = pytest.mark.skipif(
-    Version(onnxruntime.__version__) < EXACT_FROM and not {"avx_vnni", "avx512_vnni"} & set(cpu_extensions()),
-    reason="this ONNX Runtime has no exact int8 products on CPUs without VNNI",
-)
+pytestmark = needs_exact_int8()
 
 Capture = pytest.CaptureFixture[str]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.deploy.conftest import TGT_LEN, Exports
-from tests.support import build_model, random_ids, small_config
+from tests.support import build_model, needs_exact_int8, random_ids, small_config
 from txl_deploy.cli.main import main
 from txl_deploy.opening import Lengths, open_checkpoint
 from txl_deploy.parity.tolerances import tolerance_for
@@ -73,10 +73,10 @@ def test_what_stands_beside_a_text_does_not_change_its_score(exports: Exports, t
     assert scores[1] == pytest.approx(scores[0], abs=1e-5)
 
 
+@needs_exact_int8()
 def test_a_graph_in_int8_warns_of_what_stands_beside_a_text_and_generates_one_by_one(
     exports: Exports, tmp_path: Path, capsys: Capture
 ) -> None:
-    pytest.importorskip("onnxruntime")
     text = tmp_path / "text.txt"
     text.write_text("word6 word1 word2\n")
     model = ["--checkpoint", str(exports.checkpoint), "--dtype", "int8", "--runtime", "onnx"]
@@ -100,8 +100,8 @@ def test_what_it_is_not_for_is_refused(exports: Exports, capsys: Capture, option
     assert reason in capsys.readouterr().err
 
 
+@needs_exact_int8()
 def test_the_other_int8_there_is_has_nearly_the_same_perplexity(exports: Exports, capsys: Capture) -> None:
-    pytest.importorskip("onnxruntime")
     ours, theirs = (
         run_json(capsys, "eval", "--checkpoint", exports.checkpoint, "--dtype", "int8", "--runtime", runtime)["nll_nats_per_token"]
         for runtime in ("pytorch", "onnx")
